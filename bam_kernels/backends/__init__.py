@@ -1,0 +1,1 @@
+"""Backends: each offers the same raw functions on tensors, without autograd and without checks."""

@@ -1,0 +1,214 @@
+"""The channel branch behind the pooling (Eq. 3) in one launch: two linear layers, ReLU, batch norms.
+
+With running statistics the batch is cut into blocks; with batch statistics each program holds the
+whole batch, so that the statistics need no second launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bam_kernels.backends.triton import configs
+from bam_kernels.backends.triton.device_math import dot
+from bam_kernels.backends.triton.launch import accumulator, accumulator_dtype, device_guard
+
+
+@triton.jit
+def _statistics(value, in_n, N, ACC: tl.constexpr):
+    """Mean and biased variance over axis 0 of value [BLOCK_N, columns], as torch's batch norm takes."""
+    count = N.to(ACC)
+    mean = tl.sum(tl.where(in_n[:, None], value, 0.0), axis=0) / count
+    centred = tl.where(in_n[:, None], value - mean[None, :], 0.0)
+    return mean, tl.sum(centred * centred, axis=0) / count
+
+
+@triton.jit
+def _normalize(value, at, in_at, mean, var, gamma, beta, EPS: tl.constexpr, ACC: tl.constexpr):
+    value = (value - mean[None, :]) * (1 / tl.sqrt(var + EPS))[None, :]
+    if gamma is not None:
+        value *= tl.load(gamma + at, mask=in_at, other=0.0).to(ACC)[None, :]
+    if beta is not None:
+        value += tl.load(beta + at, mask=in_at, other=0.0).to(ACC)[None, :]
+    return value
+
+
+@triton.jit(do_not_specialize=["N", "channel_blocks"])
+def _channel_mlp_kernel(
+    pooled,
+    weight0,
+    bias0,
+    weight1,
+    bias1,
+    hidden_gamma,
+    hidden_beta,
+    hidden_mean,
+    hidden_var,
+    gamma,
+    beta,
+    mean,
+    var,
+    logits,
+    hidden_batch_mean,
+    hidden_batch_var,
+    batch_mean,
+    batch_var,
+    N,
+    C,
+    hidden,
+    channel_blocks,
+    HIDDEN_NORM: tl.constexpr,
+    HIDDEN_BATCH_STATS: tl.constexpr,
+    HIDDEN_EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    BATCH_STATS: tl.constexpr,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One program: BLOCK_N samples and BLOCK_C channels of the logits.
+
+    Each computes the hidden layer of its samples anew: N * h * C multiplications on weights that
+    sit in L2, in exchange for a launch. Grid: sample blocks x channel blocks, flat.
+    """
+    pid = tl.program_id(0)
+    channel_block = pid % channel_blocks
+    samples = ((pid // channel_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    in_n = samples < N
+    units_h = tl.arange(0, BLOCK_H)
+    in_h = units_h < hidden
+    own = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_own = own < C
+
+    y = tl.zeros((BLOCK_N, BLOCK_H), ACC)
+    for start in range(0, C, BLOCK_C):
+        rows = start + tl.arange(0, BLOCK_C)
+        in_c = rows < C
+        at = samples[:, None] * C + rows[None, :]
+        a = tl.load(pooled + at, mask=in_n[:, None] & in_c[None, :], other=0.0)
+        b = tl.load(
+            weight0 + units_h[None, :] * C + rows[:, None],
+            mask=in_h[None, :] & in_c[:, None],
+            other=0.0,
+        )
+        y = dot(a.to(ACC), b.to(ACC), y, "ieee")
+    if bias0 is not None:
+        y += tl.load(bias0 + units_h, mask=in_h, other=0.0).to(ACC)[None, :]
+    if HIDDEN_NORM:
+        if HIDDEN_BATCH_STATS:
+            mu, sigma2 = _statistics(y, in_n, N, ACC)
+            if channel_block == 0:
+                tl.store(hidden_batch_mean + units_h, mu, mask=in_h)
+                tl.store(hidden_batch_var + units_h, sigma2, mask=in_h)
+        else:
+            mu = tl.load(hidden_mean + units_h, mask=in_h, other=0.0).to(ACC)
+            sigma2 = tl.load(hidden_var + units_h, mask=in_h, other=1.0).to(ACC)
+        y = _normalize(y, units_h, in_h, mu, sigma2, hidden_gamma, hidden_beta, HIDDEN_EPS, ACC)
+    y = tl.where(y < 0, 0.0, y)  # a ReLU that lets NaN through, as torch's does
+
+    w = tl.load(
+        weight1 + own[None, :] * hidden + units_h[:, None],
+        mask=in_own[None, :] & in_h[:, None],
+        other=0.0,
+    )
+    out = dot(tl.where(in_h[None, :], y, 0.0), w.to(ACC), tl.zeros((BLOCK_N, BLOCK_C), ACC), "ieee")
+    if bias1 is not None:
+        out += tl.load(bias1 + own, mask=in_own, other=0.0).to(ACC)[None, :]
+    if NORM:
+        if BATCH_STATS:
+            mu, sigma2 = _statistics(out, in_n, N, ACC)
+            tl.store(batch_mean + own, mu, mask=in_own)
+            tl.store(batch_var + own, sigma2, mask=in_own)
+        else:
+            mu = tl.load(mean + own, mask=in_own, other=0.0).to(ACC)
+            sigma2 = tl.load(var + own, mask=in_own, other=1.0).to(ACC)
+        out = _normalize(out, own, in_own, mu, sigma2, gamma, beta, EPS, ACC)
+    at = samples[:, None] * C + own[None, :]
+    tl.store(logits + at, out, mask=in_n[:, None] & in_own[None, :])
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def channel_mlp_forward(
+    pooled: Tensor,
+    weight0: Tensor,
+    bias0: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    hidden_gamma: Tensor | None,
+    hidden_beta: Tensor | None,
+    hidden_mean: Tensor | None,
+    hidden_var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    hidden_norm: bool,
+    hidden_batch_stats: bool,
+    hidden_eps: float,
+    norm: bool,
+    batch_stats: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logits [N, C], hidden batch mean and variance [h], batch mean and variance [C]).
+
+    All in the accumulator's type (fp32, or fp64 for fp64). A statistic that was not taken is empty.
+    pooled [N, C]; weight0 [h, C]; weight1 [C, h]; the norms' vectors [h] and [C].
+    """
+    n, c = pooled.shape
+    hidden = weight0.shape[0]
+    made = {"device": pooled.device, "dtype": accumulator_dtype(pooled.dtype)}
+    logits = torch.empty((n, c), **made)
+    # Four tensors, not rows of one: an operator's outputs may not share storage.
+    hidden_stats = [
+        torch.empty(hidden if hidden_norm and hidden_batch_stats else 0, **made) for _ in range(2)
+    ]
+    stats = [torch.empty(c if norm and batch_stats else 0, **made) for _ in range(2)]
+    block_n, block_h, num_warps = configs.channel_mlp_blocks(
+        n, hidden, (hidden_norm and hidden_batch_stats) or (norm and batch_stats)
+    )
+    block_c = configs.CHANNEL_MLP_BLOCK_C
+    channel_blocks = triton.cdiv(c, block_c)
+    with device_guard(pooled):
+        _channel_mlp_kernel[(triton.cdiv(n, block_n) * channel_blocks,)](
+            pooled.contiguous(),
+            weight0.contiguous(),
+            _dense(bias0),
+            weight1.contiguous(),
+            _dense(bias1),
+            _dense(hidden_gamma),
+            _dense(hidden_beta),
+            None if hidden_batch_stats else _dense(hidden_mean),
+            None if hidden_batch_stats else _dense(hidden_var),
+            _dense(gamma),
+            _dense(beta),
+            None if batch_stats else _dense(mean),
+            None if batch_stats else _dense(var),
+            logits,
+            hidden_stats[0] if hidden_norm and hidden_batch_stats else None,
+            hidden_stats[1] if hidden_norm and hidden_batch_stats else None,
+            stats[0] if norm and batch_stats else None,
+            stats[1] if norm and batch_stats else None,
+            n,
+            c,
+            hidden,
+            channel_blocks,
+            HIDDEN_NORM=hidden_norm,
+            HIDDEN_BATCH_STATS=hidden_batch_stats,
+            HIDDEN_EPS=hidden_eps,
+            NORM=norm,
+            BATCH_STATS=batch_stats,
+            EPS=eps,
+            ACC=accumulator(pooled.dtype),
+            BLOCK_N=block_n,
+            BLOCK_C=block_c,
+            BLOCK_H=block_h,
+            num_warps=num_warps,
+        )
+    return logits, *hidden_stats, *stats

@@ -1,0 +1,159 @@
+"""The launch tables: every tile and every split, with its reason. Fixed, never autotuned at run time.
+
+Tile widths and split counts set the order of summation, hence the bits of a result; a table keeps
+them the same from run to run and from machine to machine of one architecture. `override` swaps an
+entry for a search or a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+# Enough programs for two waves on the widest GPUs in use (132 multiprocessors on an H200, 160 and
+# more on newer ones). A constant, not the machine's own count, so that the split, and with it the
+# bits, is the same everywhere.
+TARGET_PROGRAMS = 264
+
+# tl.dot wants at least 16 along each reduced axis for 16-bit operands (8 for fp32, 4 for fp64).
+_LEAST = 16
+
+# The widest hidden block a program holds; a wider hidden layer (C=2048 with r=8) takes several.
+MAX_BLOCK_HIDDEN = 128
+
+# Channels of the logits that a program of the channel MLP owns, and of its input that it takes at
+# a time: 32 gives 8 to 32 programs at C of 256 to 1024.
+CHANNEL_MLP_BLOCK_C = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """One launch: channels and positions a program covers at a time, warps, pipeline stages."""
+
+    block_c: int
+    block_p: int
+    num_warps: int
+    num_stages: int
+
+
+_overrides: dict[str, Tile] = {}
+
+
+@contextlib.contextmanager
+def override(**tiles: Tile) -> Iterator[None]:
+    """Use these tiles, by kernel name, in place of the table's while the context lasts."""
+    known = set(_TABLES)
+    if unknown := set(tiles) - known:
+        raise ValueError(f"tiles: expected names among {sorted(known)}, got {sorted(unknown)}")
+    previous = dict(_overrides)
+    _overrides.update(tiles)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(previous)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def tile(
+    kernel: str, dtype: torch.dtype, channels: int, positions: int, hidden: int, channels_last: bool
+) -> Tile:
+    """The table's entry for a kernel, cut down to the map where the map is smaller.
+
+    Args:
+        kernel: "pool_reduce", "gate", "gate_backward_reduce" or "input_gradient".
+        dtype: of x.
+        channels: C.
+        positions: H * W.
+        hidden: C // r, or 0 where the launch has no 1x1 reduction.
+        channels_last: whether C is the dense axis.
+    """
+    entry = _overrides.get(kernel)
+    if entry is None:
+        entry = _TABLES[kernel](dtype.itemsize, hidden, channels_last)
+    return dataclasses.replace(
+        entry,
+        block_c=min(entry.block_c, max(next_power_of_2(channels), _LEAST)),
+        block_p=min(entry.block_p, max(next_power_of_2(positions), _LEAST)),
+    )
+
+
+def block_hidden(hidden: int) -> int:
+    """The width of a hidden block: a power of two that tl.dot takes, at most `MAX_BLOCK_HIDDEN`."""
+    return min(max(next_power_of_2(hidden), _LEAST), MAX_BLOCK_HIDDEN)
+
+
+def channel_mlp_blocks(samples: int, hidden: int, batch_stats: bool) -> tuple[int, int, int]:
+    """(BLOCK_N, BLOCK_H, num_warps) of the channel MLP: the whole batch where it takes statistics.
+
+    `bam_kernels.functional` keeps BLOCK_N * BLOCK_H at 16384 or less: 64 fp32 registers a thread
+    with 8 warps.
+    """
+    block_n = max(next_power_of_2(samples), _LEAST) if batch_stats else _LEAST
+    block_h = max(next_power_of_2(hidden), _LEAST)
+    return block_n, block_h, 8 if block_n * block_h > 4096 else 4
+
+
+def split_channels(blocks: int, other_programs: int) -> int:
+    """Into how many parts a program's walk over C is cut: as many as fill the GPU, at most 8.
+
+    Small maps and batches (7x7, 14x14, N of 1 or 2) have too few (sample, tile) pairs to occupy it.
+    Beyond 8 the partial sums of the reduction, 8 * C / r rows of fp32, would rival x itself.
+    """
+    return max(1, min(blocks, 8, TARGET_PROGRAMS // max(other_programs, 1)))
+
+
+def split_tiles(tiles: int, other_programs: int) -> int:
+    """Into how many parts the walk over all (sample, tile) pairs is cut in the input gradient.
+
+    Each part owns a partial of dW0, so no more than fills the GPU twice.
+    """
+    return max(1, min(tiles, -(-2 * TARGET_PROGRAMS // other_programs)))
+
+
+def _gate(itemsize: int, hidden: int, channels_last: bool) -> Tile:
+    # One read and one write and no reuse: 4096 elements over 128 threads are 32 a thread, four
+    # 16-byte loads in flight each in half precision. The long side lies along the dense axis.
+    if itemsize == 8:
+        return Tile(128, 8, 4, 1) if channels_last else Tile(8, 128, 4, 1)
+    return Tile(256, 16, 4, 1) if channels_last else Tile(16, 256, 4, 1)
+
+
+def _gate_backward_reduce(itemsize: int, hidden: int, channels_last: bool) -> Tile:
+    # Two streams (dout, x) and both slopes are live: half the gate's tile.
+    if itemsize == 8:
+        return Tile(64, 16, 4, 1) if channels_last else Tile(16, 64, 4, 1)
+    return Tile(128, 16, 4, 2) if channels_last else Tile(16, 128, 4, 2)
+
+
+def _pool_reduce(itemsize: int, hidden: int, channels_last: bool) -> Tile:
+    # The accumulator is block_hidden x block_p in fp32; x's tile feeds the dot and the pooling.
+    if itemsize == 8:
+        return Tile(16, 32, 8, 1)
+    if itemsize == 4:
+        return Tile(32, 64, 8 if hidden > 32 else 4, 2)
+    return Tile(64, 128, 8 if hidden > 32 else 4, 2)
+
+
+def _input_gradient(itemsize: int, hidden: int, channels_last: bool) -> Tile:
+    # Live at once: W0's block, dW0's accumulator (block_hidden x block_c), dout, x and dx.
+    if itemsize == 8:
+        return Tile(16, 32, 8, 1)
+    if itemsize == 4:
+        # fp32 dots without tensor cores keep both operands in registers.
+        return Tile(32, 32, 8, 1)
+    return Tile(64, 64, 8 if hidden > 16 else 4, 1)
+
+
+_TABLES = {
+    "gate": _gate,
+    "gate_backward_reduce": _gate_backward_reduce,
+    "input_gradient": _input_gradient,
+    "pool_reduce": _pool_reduce,
+}

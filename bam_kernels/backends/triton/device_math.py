@@ -1,0 +1,96 @@
+"""What the kernels share on the device: offsets, the attention map and its slopes, dots, rounding."""
+
+import triton
+import triton.language as tl
+
+from bam_kernels import env
+
+# Triton's interpreter keeps bfloat16 as raw bits: dots on it are wrong, and fp32 is truncated to
+# it instead of rounded to nearest even. Both are mended here and cost a compiled kernel nothing.
+_INTERPRETED: tl.constexpr = tl.constexpr(env.triton_interpret())
+
+
+@triton.jit
+def map_offsets(rows, columns, outer_stride, CHANNELS_LAST: tl.constexpr):
+    """Offsets [BLOCK_C, BLOCK_P] of channels `rows` and positions `columns`, in 64 bits.
+
+    The dense axis keeps its 32-bit block; the other is multiplied in 64 bits, since C * H * W
+    alone may pass 2^31.
+    """
+    if CHANNELS_LAST:
+        return rows[:, None] + (columns.to(tl.int64) * outer_stride)[None, :]
+    else:
+        return (rows.to(tl.int64) * outer_stride)[:, None] + columns[None, :]
+
+
+@triton.jit
+def narrow(value, dtype: tl.constexpr):
+    """Round an accumulator to `dtype`, to nearest even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        wide = value.to(tl.float32)
+        bits = wide.to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        rounded = bits.to(tl.float32, bitcast=True)
+        # The carry of a NaN's mantissa would run into its sign.
+        value = tl.where(wide != wide, wide, rounded)
+    return value.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in acc's type."""
+    if _INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def sigmoid(z):
+    """1 / (1 + exp(-z)); exp overflows to inf below, which gives the right 0."""
+    return 1 / (1 + tl.exp(-z))
+
+
+@triton.jit
+def attention_map(c, s, COMBINE: tl.constexpr):
+    """M (Eq. 2, Table 1b) from broadcastable logits, either of which may be None."""
+    if c is None:
+        return sigmoid(s)
+    elif s is None:
+        return sigmoid(c)
+    elif COMBINE == "sum":
+        return sigmoid(c + s)
+    elif COMBINE == "product":
+        return sigmoid(c * s)
+    elif COMBINE == "max":
+        return sigmoid(tl.maximum(c, s, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        return sigmoid(c) + sigmoid(s)
+
+
+@triton.jit
+def _slope(m):
+    return m * (1 - m)
+
+
+@triton.jit
+def attention_slopes(c, s, COMBINE: tl.constexpr):
+    """(dM/dc, dM/ds), broadcastable. Where c == s, "max" shares the slope, as torch.maximum does."""
+    if c is None:
+        slope = _slope(sigmoid(s))
+        return slope, slope
+    elif s is None:
+        slope = _slope(sigmoid(c))
+        return slope, slope
+    elif COMBINE == "sum":
+        slope = _slope(sigmoid(c + s))
+        return slope, slope
+    elif COMBINE == "product":
+        slope = _slope(sigmoid(c * s))
+        return slope * s, slope * c
+    elif COMBINE == "max":
+        slope = _slope(sigmoid(tl.maximum(c, s, propagate_nan=tl.PropagateNan.ALL)))
+        shared = tl.where(c == s, slope * 0.5, slope)
+        return tl.where(c < s, 0.0, shared), tl.where(s < c, 0.0, shared)
+    else:
+        return _slope(sigmoid(c)), _slope(sigmoid(s))

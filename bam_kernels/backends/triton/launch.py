@@ -1,0 +1,91 @@
+"""What every launcher needs: the walk over x as the kernels take it, types, precision, the device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from contextlib import AbstractContextManager
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from bam_kernels import layout
+
+_ACCUMULATORS = {torch.float64: tl.float64}
+_ACCUMULATOR_DTYPES = {torch.float64: torch.float64}
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """fp32 for half types and fp32, fp64 for fp64, as Triton's type."""
+    return _ACCUMULATORS.get(dtype, tl.float32)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The same as torch's type, for workspaces."""
+    return _ACCUMULATOR_DTYPES.get(dtype, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """x as N x C x P, and the greatest power of two (at most 16) that divides its extents.
+
+    Triton sees that an int argument is a multiple of 16 or nothing at all; H * W = 196 would lose
+    wide accesses. So the launchers pass lengths in units of `align`, a compile-time constant, and
+    the kernels multiply back.
+    """
+
+    n: int
+    c: int
+    p: int
+    channels_last: bool
+    align: int
+
+    @property
+    def inner(self) -> int:
+        """The length of the dense axis."""
+        return self.c if self.channels_last else self.p
+
+
+def walk(x: Tensor, *others: Tensor) -> Walk:
+    """The walk over x and over the maps that go with it, all in one layout (`layout.like`)."""
+    n, c, h, w = x.shape
+    channels_last = layout.is_channels_last(x)
+    lengths = [16, c if channels_last else h * w]
+    for t in (x, *others):
+        st = layout.strides(t, channels_last)
+        lengths += [st.n, st.outer]
+    return Walk(n, c, h * w, channels_last, math.gcd(*lengths))
+
+
+def units(t: Tensor, w: Walk) -> tuple[int, int]:
+    """t's (sample, outer) strides in units of the walk's alignment."""
+    st = layout.strides(t, w.channels_last)
+    return st.n // w.align, st.outer // w.align
+
+
+def conv_precision(dtype: torch.dtype) -> str:
+    """How fp32 dots of the 1x1 reduction multiply, following torch's setting for convolutions."""
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if _tf32_convolutions() else "ieee"
+
+
+def _tf32_convolutions() -> bool:
+    setting = torch.backends.cudnn.conv.fp32_precision
+    if setting == "none":  # not set for convolutions: the parents decide
+        setting = torch.backends.cudnn.fp32_precision
+    if setting == "none":
+        setting = torch.backends.fp32_precision
+    return setting == "tf32"
+
+
+def device_guard(x: Tensor) -> AbstractContextManager:
+    """Make x's device the current one: Triton launches on the current device, not on the tensor's."""
+    if x.device.type in ("cpu", "meta"):
+        return contextlib.nullcontext()
+    module = torch.get_device_module(x.device)
+    if x.device.index == module.current_device():
+        return contextlib.nullcontext()
+    return module.device(x.device)

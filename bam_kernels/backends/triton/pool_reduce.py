@@ -1,0 +1,161 @@
+"""Global average pool and 1x1 reduction from one read of x: the heads of both branches (Eq. 3, 4)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bam_kernels import layout
+from bam_kernels.backends.triton import configs
+from bam_kernels.backends.triton.device_math import dot, map_offsets, narrow
+from bam_kernels.backends.triton.launch import (
+    accumulator,
+    accumulator_dtype,
+    conv_precision,
+    device_guard,
+    units,
+    walk,
+)
+from bam_kernels.backends.triton.sum_splits import Job, sum_splits
+
+_SIZES = ["outer", "inner_units", "x_stride_n", "x_stride_outer"]
+
+
+@triton.jit(do_not_specialize=["position_tiles", "splits", "blocks_per_split", *_SIZES])
+def _pool_reduce_kernel(
+    x,
+    weight,
+    bias,
+    pooled,
+    reduced,
+    outer,
+    inner_units,
+    x_stride_n,
+    x_stride_outer,
+    hidden,
+    position_tiles,
+    splits,
+    blocks_per_split,
+    ALIGN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    POOL_WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One program: BLOCK_P positions of one sample, walking over its split of the channels.
+
+    It owns pooled [n, position_tile, its channels] (a sum; the mean where POOL_WHOLE says that one
+    tile holds the whole map) and reduced [n, split, its hidden block, its positions].
+    Grid: (samples x splits x position tiles, hidden blocks). Only hidden block 0 pools.
+    """
+    inner = inner_units * ALIGN
+    C = inner if CHANNELS_LAST else outer
+    P = outer if CHANNELS_LAST else inner
+    pid = tl.program_id(0)
+    position_tile = pid % position_tiles
+    rest = pid // position_tiles
+    split = rest % splits
+    n = (rest // splits).to(tl.int64)
+    columns = position_tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    in_p = columns < P
+    units_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_h = units_h < hidden
+    x += n * (x_stride_n * ALIGN)
+
+    acc = tl.zeros((BLOCK_H, BLOCK_P), ACC)
+    first = split * blocks_per_split * BLOCK_C
+    last = tl.minimum(first + blocks_per_split * BLOCK_C, C)
+    for start in range(first, last, BLOCK_C):
+        rows = start + tl.arange(0, BLOCK_C)
+        in_c = rows < C
+        offsets = map_offsets(rows, columns, x_stride_outer * ALIGN, CHANNELS_LAST)
+        tile = tl.load(x + offsets, mask=in_c[:, None] & in_p[None, :], other=0.0)
+        if weight is not None:
+            w = tl.load(
+                weight + units_h[:, None] * C + rows[None, :],
+                mask=in_h[:, None] & in_c[None, :],
+                other=0.0,
+            )
+            acc = dot(w, tile, acc, PRECISION)
+        if pooled is not None:
+            if tl.program_id(1) == 0:
+                total = tl.sum(tile.to(ACC), axis=1)
+                if POOL_WHOLE:
+                    total = total / P.to(ACC)
+                at = (n * position_tiles + position_tile) * C + rows
+                tl.store(pooled + at, narrow(total, pooled.dtype.element_ty), mask=in_c)
+    if weight is not None:
+        if bias is not None:
+            acc += tl.load(bias + units_h, mask=in_h, other=0.0).to(ACC)[:, None]
+        reduced += (n * splits + split) * hidden * P
+        offsets = map_offsets(units_h, columns, hidden if CHANNELS_LAST else P, CHANNELS_LAST)
+        mask = in_h[:, None] & in_p[None, :]
+        tl.store(reduced + offsets, narrow(acc, reduced.dtype.element_ty), mask=mask)
+
+
+def pool_reduce_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, pool: bool
+) -> tuple[Tensor, Tensor]:
+    """(pooled [N, C], reduced [N, h, H, W] in x's memory format), in x's dtype; empty where absent.
+
+    x [N, C, H, W]; weight [h, C], of x's dtype; bias [h].
+    """
+    x = layout.walkable(x)
+    w = walk(x)
+    hidden = 0 if weight is None else weight.shape[0]
+    t = configs.tile("pool_reduce", x.dtype, w.c, w.p, hidden, w.channels_last)
+    block_h = configs.block_hidden(hidden)
+    hidden_blocks = max(1, triton.cdiv(hidden, block_h))
+    position_tiles, blocks = triton.cdiv(w.p, t.block_p), triton.cdiv(w.c, t.block_c)
+    blocks_per_split = triton.cdiv(
+        blocks, configs.split_channels(blocks, w.n * position_tiles * hidden_blocks)
+    )
+    splits = triton.cdiv(blocks, blocks_per_split)
+    pool_whole = position_tiles == 1
+
+    partial = {"device": x.device, "dtype": accumulator_dtype(x.dtype)}
+    pooled = x.new_empty((w.n, w.c) if pool else 0)
+    reduced = layout.empty_map(x, hidden, x.dtype) if hidden else x.new_empty(0)
+    pooled_out, reduced_out = pooled, reduced
+    if pool and not pool_whole:
+        pooled_out = torch.empty((w.n, position_tiles, w.c), **partial)
+    if hidden and splits > 1:
+        reduced_out = torch.empty((w.n, splits, hidden * w.p), **partial)
+    with device_guard(x):
+        _pool_reduce_kernel[(w.n * splits * position_tiles, hidden_blocks)](
+            x,
+            None if weight is None else weight.contiguous(),
+            bias.contiguous() if bias is not None and splits == 1 else None,
+            pooled_out if pool else None,
+            reduced_out if hidden else None,
+            w.p if w.channels_last else w.c,
+            w.inner // w.align,
+            *units(x, w),
+            hidden,
+            position_tiles,
+            splits,
+            blocks_per_split,
+            ALIGN=w.align,
+            CHANNELS_LAST=w.channels_last,
+            POOL_WHOLE=pool_whole,
+            PRECISION=conv_precision(x.dtype),
+            ACC=accumulator(x.dtype),
+            BLOCK_C=t.block_c,
+            BLOCK_P=t.block_p,
+            BLOCK_H=block_h,
+            num_warps=t.num_warps,
+            num_stages=t.num_stages,
+        )
+        jobs = []
+        if pooled_out is not pooled:
+            jobs.append(Job(pooled_out, pooled, position_tiles, divisor=w.p))
+        if reduced_out is not reduced:
+            run = 1 if w.channels_last else w.p
+            jobs.append(Job(reduced_out, reduced, splits, bias=bias, bias_run=run))
+        sum_splits(jobs)
+    return pooled, reduced

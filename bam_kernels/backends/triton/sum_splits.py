@@ -1,0 +1,133 @@
+"""The second half of every split sum: partials added in a fixed order, then scaled and rounded.
+
+This takes the place of atomics: the same input gives the same bits, for the price of one launch
+over a few kilobytes. Two sums share one launch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bam_kernels.backends.triton.device_math import narrow
+
+_BLOCK = 256  # a few kilobytes in all: small blocks spread them over the multiprocessors
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """out[row, i] = sum over splits of partials[row, split, i] / divisor (+ bias[channel of i]).
+
+    Args:
+        partials: [rows, splits, length], dense.
+        out: rows * length elements, dense, any floating dtype.
+        splits: the number of partials of each element.
+        divisor: H * W for a mean, else 1.
+        bias: added after the division; i belongs to channel (i // bias_run) % len(bias).
+        bias_run: consecutive elements of one channel: H * W for a NCHW map, 1 for channels_last.
+    """
+
+    partials: Tensor
+    out: Tensor
+    splits: int
+    divisor: int = 1
+    bias: Tensor | None = None
+    bias_run: int = 1
+
+
+@triton.jit
+def _sum_job(
+    block,
+    partials,
+    out,
+    bias,
+    splits,
+    length,
+    total,
+    divisor,
+    bias_run,
+    bias_length,
+    BLOCK: tl.constexpr,
+):
+    ACC: tl.constexpr = partials.dtype.element_ty
+    # 64 bits: rows * splits * length is a workspace's size, and may pass 2^31 with a large batch.
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < total
+    row = i // length
+    at = row * splits * length + (i - row * length)
+    acc = tl.zeros((BLOCK,), ACC)
+    for _ in range(splits):
+        acc += tl.load(partials + at, mask=mask, other=0.0)
+        at += length
+    acc = acc / divisor.to(ACC)
+    if bias is not None:
+        channel = (i // bias_run) % bias_length
+        acc += tl.load(bias + channel, mask=mask, other=0.0).to(ACC)
+    tl.store(out + i, narrow(acc, out.dtype.element_ty), mask=mask)
+
+
+_RUNTIME = ["splits", "length", "total", "divisor", "bias_run", "bias_length"]
+
+
+@triton.jit(do_not_specialize=["blocks0", *(f"{name}{job}" for name in _RUNTIME for job in "01")])
+def _sum_splits_kernel(
+    partials0,
+    out0,
+    bias0,
+    splits0,
+    length0,
+    total0,
+    divisor0,
+    bias_run0,
+    bias_length0,
+    partials1,
+    out1,
+    bias1,
+    splits1,
+    length1,
+    total1,
+    divisor1,
+    bias_run1,
+    bias_length1,
+    blocks0,
+    TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK elements of one job; the first `blocks0` programs belong to job 0."""
+    pid = tl.program_id(0)
+    if pid < blocks0:
+        _sum_job(
+            pid, partials0, out0, bias0, splits0, length0, total0, divisor0, bias_run0,
+            bias_length0, BLOCK,
+        )  # fmt: skip
+    elif TWO:
+        _sum_job(
+            pid - blocks0, partials1, out1, bias1, splits1, length1, total1, divisor1, bias_run1,
+            bias_length1, BLOCK,
+        )  # fmt: skip
+
+
+def _arguments(job: Job) -> tuple:
+    total = job.out.numel()
+    length = job.partials.numel() // (job.partials.shape[0] * job.splits)
+    bias_length = 1 if job.bias is None else job.bias.numel()
+    bias = None if job.bias is None else job.bias.contiguous()
+    return (
+        job.partials, job.out, bias, job.splits, length, total, job.divisor, job.bias_run, bias_length,
+    )  # fmt: skip
+
+
+def sum_splits(jobs: list[Job]) -> None:
+    """Run up to two jobs in one launch; none is no launch. The caller holds the device guard."""
+    if not jobs:
+        return
+    blocks = [triton.cdiv(job.out.numel(), _BLOCK) for job in jobs]
+    first = _arguments(jobs[0])
+    second = _arguments(jobs[-1])
+    _sum_splits_kernel[(sum(blocks),)](
+        *first, *second, blocks[0], TWO=len(jobs) == 2, BLOCK=_BLOCK, num_warps=4
+    )

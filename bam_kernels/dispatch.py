@@ -1,0 +1,133 @@
+"""Which backend runs: the rules, the choice, and the words that explain it.
+
+``auto`` takes Triton for CUDA, ROCm and XPU tensors, and for CPU tensors where Triton's
+interpreter is on; plain PyTorch everywhere else. A backend asked for by name runs or raises.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from bam_kernels import env
+
+log = logging.getLogger("bam_kernels")
+
+BACKENDS = ("auto", "triton", "cpp", "cuda", "reference")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TRITON_DEVICES = ("cuda", "xpu")  # ROCm's devices call themselves "cuda"
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run; the message says why and what to do."""
+
+
+_requested: str | None = None  # what use_backend() asked for; None: BAM_KERNELS_BACKEND decides
+_logged: set[str] = set()
+
+
+def check_backend(name: str, argument: str = "backend") -> None:
+    """Raise ValueError unless `name` is one of `BACKENDS`."""
+    if name not in BACKENDS:
+        raise ValueError(f"{argument}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+class use_backend:  # noqa: N801 - a context manager, spelt as torch spells its own
+    """Context manager: every call inside runs on this backend, in all threads of the process.
+
+    Args:
+        name: "triton", "cpp", "cuda", "reference" or "auto".
+
+    Raises:
+        ValueError: an unknown name. That a known backend cannot run is raised by the call itself,
+            as `BackendUnavailableError`, since it depends on the input.
+    """
+
+    def __init__(self, name: str) -> None:
+        check_backend(name)
+        self.name = name
+
+    def __enter__(self) -> None:
+        global _requested
+        self.previous, _requested = _requested, self.name
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _requested
+        _requested = self.previous
+
+
+def requested_backend() -> str:
+    """What the caller asked for: `use_backend`, else ``BAM_KERNELS_BACKEND``, else "auto"."""
+    if _requested is not None:
+        return _requested
+    check_backend(_process_backend, "BAM_KERNELS_BACKEND")
+    return _process_backend
+
+
+_process_backend = env.backend()
+
+
+@torch.compiler.assume_constant_result
+def why_not(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot run on tensors of this device type; None if it can."""
+    if backend == "reference":
+        return None
+    if backend in ("cpp", "cuda"):
+        return f"this version of bam_kernels has no {backend} backend; use 'triton' or 'reference'"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    if device_type in TRITON_DEVICES:
+        return None
+    if device_type == "cpu":
+        if not env.triton_interpret():
+            return (
+                "Triton runs CPU tensors only in its interpreter; "
+                "set TRITON_INTERPRET=1 before Triton is imported"
+            )
+        from bam_kernels.backends.triton import INTERPRETED
+
+        if not INTERPRETED:
+            return (
+                "TRITON_INTERPRET was set after Triton's kernels were loaded; "
+                "set it before the process starts"
+            )
+        return None
+    return f"Triton does not run on {device_type!r} devices; use 'reference'"
+
+
+def choose_backend(x: Tensor) -> str:
+    """The backend that runs for this input: "triton" or "reference".
+
+    Raises:
+        BackendUnavailableError: a backend was asked for by name and cannot run.
+        ValueError: ``BAM_KERNELS_BACKEND`` names no backend.
+    """
+    name = requested_backend()
+    device_type = x.device.type
+    if name != "auto":
+        reason = why_not(name, device_type)
+        if reason is not None:
+            raise BackendUnavailableError(f"backend {name!r} cannot run: {reason}")
+        return name
+    reason = why_not("triton", device_type)
+    if reason is None:
+        return "triton"
+    log_once(f"running plain PyTorch on {device_type}: {reason}")
+    return "reference"
+
+
+def log_once(message: str) -> None:
+    """Log `message` at INFO, once a process; silent while torch.compile traces."""
+    if torch.compiler.is_compiling() or message in _logged:
+        return
+    _logged.add(message)
+    log.info(message)

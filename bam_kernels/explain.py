@@ -1,0 +1,70 @@
+"""Which backend runs for a module and an input, and why the others do not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from bam_kernels import functional
+from bam_kernels.dispatch import BACKENDS, choose_backend, requested_backend, why_not
+from bam_kernels.modules import BAM, SqueezeExcite
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; its string is made for reading.
+
+    Attributes:
+        backend: the one that runs: "triton" or "reference".
+        requested: what was asked for; "auto" unless set.
+        reasons: by backend that does not run, why not.
+        notes: parts of the module that run as PyTorch's own operators, and why.
+    """
+
+    backend: str
+    requested: str
+    reasons: dict[str, str]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"runs on {self.backend!r} (asked for: {self.requested!r})"]
+        lines += [f"  not on {name!r}: {reason}" for name, reason in self.reasons.items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def explain(module: BAM | SqueezeExcite, x: Tensor) -> Explanation:
+    """Say which backend `module(x)` runs on, without running it.
+
+    Args:
+        module: a `bam_kernels.BAM` or `bam_kernels.SqueezeExcite`.
+        x: an input [N, C, H, W] of the module.
+
+    Raises:
+        TypeError: the module is not one of ours.
+        TypeError, ValueError, BackendUnavailableError: as `module(x)` would.
+    """
+    if not isinstance(module, BAM | SqueezeExcite):
+        raise TypeError(
+            f"module: expected a bam_kernels.BAM or SqueezeExcite, got {type(module).__name__}"
+        )
+    channel, spatial = module.channel, getattr(module, "spatial", None)
+    functional.check_module_input(x, channel, spatial)
+    requested, backend = requested_backend(), choose_backend(x)
+    reasons: dict[str, str] = {}
+    for name in BACKENDS:
+        if name not in ("auto", backend):
+            reasons[name] = why_not(name, x.device.type) or f"{backend!r} was chosen before it"
+    notes: list[str] = []
+    if backend != "reference":
+        whole = "the batch is empty" if x.shape[0] == 0 else functional.unfusable(channel, spatial)
+        if whole is not None:
+            reasons[backend] = whole
+            backend = "reference"
+        elif channel is not None:
+            part = functional.unfusable_mlp(channel, x.shape[0])
+            notes += [] if part is None else [part]
+        if spatial is not None and whole is None:
+            notes.append("the convolutions behind the reduction run as PyTorch's own operators")
+    return Explanation(backend, requested, reasons, tuple(notes))

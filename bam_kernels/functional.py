@@ -1,0 +1,343 @@
+"""The functional interface: validation, autocast, and the composition of a whole module.
+
+Every check of an argument stands here, before any kernel starts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bam_kernels import ops, reference  # noqa: F401 - importing ops registers the operators
+from bam_kernels.config import check_combine
+from bam_kernels.dispatch import DTYPES, choose_backend, log_once
+from bam_kernels.reference import ChannelBranch, SpatialBranch
+
+# BLOCK_N * BLOCK_H of the fused channel MLP: the activations of its program, which with batch
+# statistics holds the whole batch, are 64 fp32 registers a thread with 8 warps.
+_MLP_REGISTERS = 16384
+
+
+def gate(
+    x: Tensor,
+    channel_logits: Tensor | None,
+    spatial_logits: Tensor | None,
+    combine: str = "sum",
+    residual: bool = True,
+) -> Tensor:
+    """F' = F + F * sigmoid(Mc + Ms) in one read and one write of F (Eq. 1-2).
+
+    Args:
+        x: F, [N, C, H, W], float64, float32, float16 or bfloat16, any memory format.
+        channel_logits: Mc [N, C], any of these dtypes, or None.
+        spatial_logits: Ms [N, 1, H, W], or None. With one of the two absent, M is the sigmoid of
+            the other.
+        combine: "sum", "product", "max" or "sigmoid_sum" (Table 1b).
+        residual: False gives F * M (Table 1b, "No identity").
+
+    Returns:
+        [N, C, H, W] in x's dtype and memory format. Logits of another dtype are taken as they are;
+        the map is computed in float32 (float64 for a float64 x).
+
+    Raises:
+        TypeError: not a tensor, or an unsupported dtype.
+        ValueError: a wrong shape, mixed devices, an unknown combine mode, no logits at all.
+        BackendUnavailableError: a backend was asked for by name and cannot run.
+    """
+    _check_map(x, "x")
+    check_combine(combine)
+    n, c, h, w = x.shape
+    if channel_logits is None and spatial_logits is None:
+        raise ValueError("channel_logits, spatial_logits: expected at least one, got None for both")
+    if channel_logits is not None:
+        _check(channel_logits, "channel_logits", (n, c), x)
+    if spatial_logits is not None:
+        _check(spatial_logits, "spatial_logits", (n, 1, h, w), x)
+    if n == 0 or choose_backend(x) == "reference":
+        return reference.gate(x, channel_logits, spatial_logits, combine, residual).to(x.dtype)
+    return torch.ops.bam_kernels.gate(x, channel_logits, spatial_logits, combine, residual)
+
+
+def pool_reduce(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Global average pool and 1x1 convolution from one read of x: the heads of Eq. 3 and 4.
+
+    Args:
+        x: [N, C, H, W], float64, float32, float16 or bfloat16, any memory format.
+        weight: [h, C], or [h, C, 1, 1] as a 1x1 convolution keeps it; of x's dtype, or any under
+            autocast.
+        bias: [h], or None.
+
+    Returns:
+        pooled [N, C] and reduced [N, h, H, W], both in x's dtype; reduced in x's memory format.
+
+    Raises:
+        TypeError: not a tensor, an unsupported dtype, or dtypes that differ outside of autocast.
+        ValueError: a wrong shape, mixed devices.
+        BackendUnavailableError: a backend was asked for by name and cannot run.
+    """
+    _check_map(x, "x")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
+    if weight.dim() == 4 and weight.shape[2:] == (1, 1):
+        weight = weight.flatten(1)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"weight: expected [h, {x.shape[1]}] or [h, {x.shape[1]}, 1, 1] for x of "
+            f"{x.shape[1]} channels, got {list(weight.shape)}"
+        )
+    weight = _as_dtype_of(x, weight, "weight")
+    if bias is not None:
+        _check(bias, "bias", (weight.shape[0],), x)
+        bias = _as_dtype_of(x, bias, "bias")
+    _check_device(weight, "weight", x)
+    if x.shape[0] == 0 or choose_backend(x) == "reference":
+        return x.mean(dim=(2, 3)), nn.functional.conv2d(x, weight[:, :, None, None], bias)
+    return torch.ops.bam_kernels.pool_reduce(x, weight, bias, True)
+
+
+def bam(
+    x: Tensor,
+    channel: ChannelBranch | None,
+    spatial: SpatialBranch | None,
+    *,
+    combine: str = "sum",
+    residual: bool = True,
+    observer: reference.Observer | None = None,
+) -> Tensor:
+    """A whole module (Eq. 1-4) on the parameters of its branches, either of which may be None.
+
+    x [N, C, H, W] to the same shape, dtype and memory format: 3 passes over x-sized memory forward
+    and 5 backward. Runs in plain PyTorch where the fused path cannot see everything that a branch
+    does; `bam_kernels.explain` says when and why. `observer` is called with the logits of both branches.
+
+    Raises:
+        TypeError: not a tensor, or an unsupported dtype.
+        ValueError: a wrong rank, channel count or device, H * W = 0, or a batch norm that would see
+            one value per channel while training.
+        BackendUnavailableError: a backend was asked for by name and cannot run.
+    """
+    check_module_input(x, channel, spatial)
+    check_combine(combine)
+    if x.shape[0] == 0 or choose_backend(x) == "reference":
+        return _plain(x, channel, spatial, combine, residual, observer)
+    reason = unfusable(channel, spatial)
+    if reason is not None:
+        log_once(f"running plain PyTorch: {reason}")
+        return _plain(x, channel, spatial, combine, residual, observer)
+
+    weight = bias = None
+    if spatial is not None:
+        weight = _as_dtype_of(x, spatial.reduce.weight.flatten(1), "spatial.reduce.weight")
+        if spatial.reduce.bias is not None:
+            bias = _as_dtype_of(x, spatial.reduce.bias, "spatial.reduce.bias")
+    pooled, reduced, *links = torch.ops.bam_kernels.pool_reduce_linked(
+        x, weight, bias, channel is not None, combine, residual
+    )
+    c = None if channel is None else _channel_logits(pooled, channel)
+    s = None if spatial is None else spatial.from_reduced(reduced)
+    if observer is not None:
+        observer(c, s)
+    return torch.ops.bam_kernels.gate_linked(x, c, s, *links, combine, residual)
+
+
+def _plain(
+    x: Tensor,
+    channel: ChannelBranch | None,
+    spatial: SpatialBranch | None,
+    combine: str,
+    residual: bool,
+    observer: reference.Observer | None,
+) -> Tensor:
+    c = None if channel is None else channel(x)
+    s = None if spatial is None else spatial(x)
+    if observer is not None:
+        observer(c, s)
+    return reference.gate(x, c, s, combine, residual).to(x.dtype)
+
+
+def _channel_logits(pooled: Tensor, branch: ChannelBranch) -> Tensor:
+    """Mc from the pooled vector: fused where the MLP has the paper's one hidden layer."""
+    if unfusable_mlp(branch, pooled.shape[0]) is not None:
+        return branch.from_pooled(pooled)
+    fc0, fc1 = branch.fc[0], branch.fc[1]
+    hidden_norm = None if branch.hidden_norm is None else branch.hidden_norm[0]
+    norm = branch.norm
+    hidden_stats, stats = _uses_batch_stats(hidden_norm), _uses_batch_stats(norm)
+    logits, hidden_mean, hidden_var, mean, var = torch.ops.bam_kernels.channel_mlp(
+        pooled,
+        fc0.weight,
+        fc0.bias,
+        fc1.weight,
+        fc1.bias,
+        *_norm_tensors(hidden_norm),
+        *_norm_tensors(norm),
+        hidden_norm is not None,
+        hidden_stats,
+        1e-5 if hidden_norm is None else hidden_norm.eps,
+        norm is not None,
+        stats,
+        1e-5 if norm is None else norm.eps,
+    )
+    if hidden_stats:
+        _update_running(hidden_norm, hidden_mean, hidden_var, pooled.shape[0])
+    if stats:
+        _update_running(norm, mean, var, pooled.shape[0])
+    return logits
+
+
+def _norm_tensors(
+    norm: nn.BatchNorm1d | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    if norm is None:
+        return None, None, None, None
+    # Statistics that are not read are not passed: they are about to be updated in place.
+    stats = (None, None) if _uses_batch_stats(norm) else (norm.running_mean, norm.running_var)
+    return norm.weight, norm.bias, *stats
+
+
+def _uses_batch_stats(norm: nn.Module | None) -> bool:
+    """As torch's batch norm decides: while training, or where no statistics are kept."""
+    return norm is not None and (norm.training or norm.running_mean is None)
+
+
+@torch.no_grad()
+def _update_running(norm: nn.BatchNorm1d, mean: Tensor, var: Tensor, count: int) -> None:
+    """What a training forward of `nn.BatchNorm1d` does to its buffers."""
+    if not norm.training or not norm.track_running_stats or norm.running_mean is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    # momentum=None: a cumulative average.
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+    unbiased = var * (count / (count - 1))
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        running.add_(((batch - running.to(batch.dtype)) * momentum).to(running.dtype))
+
+
+def unfusable(channel: ChannelBranch | None, spatial: SpatialBranch | None) -> str | None:
+    """Why these branches cannot take the fused path; None if they can."""
+    if spatial is not None:
+        if type(spatial.reduce) is not nn.Conv2d:
+            return f"spatial.reduce is a {type(spatial.reduce).__name__}, not an nn.Conv2d"
+        if _has_hooks(spatial.reduce):
+            return "spatial.reduce has hooks, which a fused reduction would not call"
+        if _has_hooks(spatial):
+            return "the spatial branch has hooks, which the fused path would not call"
+    if channel is not None and _has_hooks(channel):
+        return "the channel branch has hooks, which the fused path would not call"
+    return None
+
+
+def unfusable_mlp(branch: ChannelBranch, samples: int) -> str | None:
+    """Why the channel MLP runs as PyTorch's own operators; None if it runs as one kernel."""
+    if len(branch.fc) != 2:
+        return f"the channel MLP has {len(branch.fc) - 1} hidden layers; the kernel takes one"
+    norms = [] if branch.hidden_norm is None else list(branch.hidden_norm)
+    norms += [] if branch.norm is None else [branch.norm]
+    for module in (*branch.fc, *norms):
+        if type(module) not in (nn.Linear, nn.BatchNorm1d):
+            return f"the channel MLP holds a {type(module).__name__}"
+        if _has_hooks(module):
+            return "a layer of the channel MLP has hooks, which the kernel would not call"
+    hidden = _next_power_of_2(branch.fc[0].out_features)
+    batch = 16
+    if any(_uses_batch_stats(norm) for norm in norms):
+        batch = _next_power_of_2(samples)
+    if batch * hidden > _MLP_REGISTERS:
+        return f"a batch of {samples} with {hidden} hidden units outgrows one program's registers"
+    return None
+
+
+def _next_power_of_2(n: int) -> int:
+    return max(16, 1 << max(n - 1, 0).bit_length())
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+# --- checks -----------------------------------------------------------------------------------
+
+
+def check_module_input(
+    x: Tensor, channel: ChannelBranch | None, spatial: SpatialBranch | None
+) -> None:
+    """Raise ValueError or TypeError, naming what was expected and what came, before any launch."""
+    _check_map(x, "x")
+    n, c, h, w = x.shape
+    layer = channel.fc[0] if channel is not None else spatial.reduce
+    expected = layer.in_features if channel is not None else layer.in_channels
+    if c != expected:
+        raise ValueError(f"x: expected {expected} channels, got {c} in shape {list(x.shape)}")
+    if layer.weight.device != x.device:
+        raise ValueError(
+            f"x: expected a tensor on the parameters' device {layer.weight.device}, got {x.device}"
+        )
+    if layer.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"x: expected the parameters' dtype {layer.weight.dtype} outside of autocast, "
+            f"got {x.dtype}"
+        )
+    if n == 0:
+        return
+    if channel is not None and n == 1:
+        _check_batch_norms(channel, "channel", "batch 1", x)
+    if spatial is not None and n * h * w == 1:
+        _check_batch_norms(spatial, "spatial", "one pixel", x)
+
+
+def _check_batch_norms(branch: nn.Module, name: str, what: str, x: Tensor) -> None:
+    for part, module in branch.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and _uses_batch_stats(module):
+            raise ValueError(
+                f"x: expected more than one value per channel in the batch norm {name}.{part} "
+                f"while it takes batch statistics, got {what} in shape {list(x.shape)}; "
+                "use a larger batch, or eval()"
+            )
+
+
+def _check_map(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got {list(x.shape)}")
+    _check_dtype(x, name)
+    if x.shape[1] == 0 or x.shape[2] * x.shape[3] == 0:
+        raise ValueError(f"{name}: expected C, H and W of at least 1, got shape {list(x.shape)}")
+
+
+def _check_dtype(t: Tensor, name: str) -> None:
+    if t.dtype not in DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise TypeError(f"{name}: expected one of {known}, got {t.dtype}")
+
+
+def _check_device(t: Tensor, name: str, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected a tensor on x's device {x.device}, got {t.device}")
+
+
+def _check(t: Tensor, name: str, shape: tuple[int, ...], x: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    if tuple(t.shape) != shape:
+        raise ValueError(
+            f"{name}: expected shape {list(shape)} for x of {list(x.shape)}, got {list(t.shape)}"
+        )
+    _check_dtype(t, name)
+    _check_device(t, name, x)
+
+
+def _as_dtype_of(x: Tensor, t: Tensor, name: str) -> Tensor:
+    """t in x's dtype: a cast under autocast, an error outside of it, as torch's own layers do."""
+    if t.dtype == x.dtype:
+        return t
+    if torch.is_autocast_enabled(x.device.type):
+        return t.to(x.dtype)
+    raise TypeError(f"{name}: expected x's dtype {x.dtype} outside of autocast, got {t.dtype}")

@@ -1,0 +1,42 @@
+"""The modules that a network holds: the reference's parameters and state_dict, the fused forward."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bam_kernels import functional, reference
+
+
+class BAM(reference.BAM):
+    """The Bottleneck Attention Module on fused kernels: same arguments, state_dict and numbers.
+
+    See `bam_kernels.reference.BAM` for the arguments. Which backend runs is decided at each call, by
+    `bam_kernels.use_backend`, ``BAM_KERNELS_BACKEND`` or the input's device;
+    `bam_kernels.explain(module, x)` tells which and why.
+
+    Shapes: [N, C, H, W] to [N, C, H, W], in the input's dtype and memory format.
+
+    Raises (forward):
+        TypeError, ValueError: a bad input; see `bam_kernels.functional.bam`.
+        BackendUnavailableError: a backend was asked for by name and cannot run.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.bam(
+            x,
+            self.channel,
+            self.spatial,
+            combine=self.config.combine,
+            residual=self.config.residual,
+            observer=self.observer,
+        )
+
+
+class SqueezeExcite(reference.SqueezeExcite):
+    """Squeeze-and-Excitation (the paper's Table 10) on the same kernels: x * sigmoid(MLP(pool(x))).
+
+    See `bam_kernels.reference.SqueezeExcite` for the arguments.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.bam(x, self.channel, None, residual=False, observer=self.observer)
