@@ -204,9 +204,16 @@ def _pool_reduce_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+def _of_outputs_that_exist(ctx, dpooled, dreduced):
+    """An output that was not asked for is empty, and so would be the gradient that it is given."""
+    weight = ctx.saved_tensors[1]
+    return dpooled if ctx.pool else None, None if weight is None else dreduced
+
+
 def _pool_reduce_gradient(ctx, dpooled, dreduced, dout, channel, spatial, combine, residual):
     """(dx, dweight, dbias): of the pooling and reduction, and of the gate where dout is given."""
     x, weight, _ = ctx.saved_tensors
+    dpooled, dreduced = _of_outputs_that_exist(ctx, dpooled, dreduced)
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     need_weight = need_weight and dreduced is not None
     need_bias = need_bias and dreduced is not None
@@ -228,8 +235,9 @@ def _pool_reduce_gradient(ctx, dpooled, dreduced, dout, channel, spatial, combin
 
 def _pool_reduce_differentiable(ctx, dpooled, dreduced):
     inputs = (*ctx.saved_tensors, ctx.pool)
+    grads = _of_outputs_that_exist(ctx, dpooled, dreduced)
     return _differentiable_backward(
-        reference.pool_reduce_forward, inputs, ctx.needs_input_grad[:3], [dpooled, dreduced]
+        reference.pool_reduce_forward, inputs, ctx.needs_input_grad[:3], grads
     )
 
 
@@ -399,7 +407,7 @@ _register(
 
 def _channel_mlp_setup(ctx, inputs, output):
     ctx.options = inputs[13:]
-    ctx.save_for_backward(*inputs[:13], *output[1:])
+    ctx.save_for_backward(*inputs[:13])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
 
@@ -407,8 +415,7 @@ def _channel_mlp_setup(ctx, inputs, output):
 def _channel_mlp_autograd_backward(ctx, dlogits, *_):
     if dlogits is None:
         return (None,) * 19
-    saved = list(ctx.saved_tensors)
-    inputs, taken = saved[:13], saved[13:]
+    inputs = ctx.saved_tensors
     needs = ctx.needs_input_grad[:13]
     if torch.is_grad_enabled():
         return tuple(
@@ -416,11 +423,6 @@ def _channel_mlp_autograd_backward(ctx, dlogits, *_):
                 reference.channel_mlp_forward, (*inputs, *ctx.options), needs, [dlogits]
             )
         )
-    hidden_norm, hidden_batch_stats, _, norm, batch_stats, _ = ctx.options
-    if hidden_norm and hidden_batch_stats:
-        inputs[7:9] = taken[:2]
-    if norm and batch_stats:
-        inputs[11:13] = taken[2:]
     grads = torch.ops.bam_kernels.channel_mlp_backward(
         dlogits, *inputs[:10], *inputs[11:], *ctx.options
     )

@@ -208,31 +208,28 @@ def channel_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of pooled, weight0, bias0, weight1, bias1, hidden gamma and beta, gamma, beta.
 
-    The hidden layer is computed anew from pooled: [N, h] is cheaper to make than to keep. The means
-    and variances are those that the forward used. All in the accumulator's type; a norm that does
-    not exist has empty gradients, and a bias's gradient is there whether it exists or not.
+    Both layers, and their batch statistics, are computed anew from pooled: [N, h] and [N, C] are
+    cheaper to make than to keep, and a normalised value fits the statistics of the very same
+    values. All in the accumulator's type; a norm that does not exist has empty gradients, and a
+    bias's gradient is there whether it exists or not.
     """
     wide = accumulator_dtype(pooled.dtype)
-    none = torch.empty(0, dtype=wide, device=pooled.device)
+    dgamma = dbeta = dhidden_gamma = dhidden_beta = pooled.new_empty(0, dtype=wide)
     a, w0, w1 = pooled.to(wide), weight0.to(wide), weight1.to(wide)
-    pre = torch.nn.functional.linear(a, w0, _wide(bias0, pooled.dtype))
-    y, hidden_invstd = pre, None
+    y = torch.nn.functional.linear(a, w0, _wide(bias0, pooled.dtype))
     if hidden_norm:
-        hidden_invstd = torch.rsqrt(hidden_var.to(wide) + hidden_eps)
-        y = (pre - hidden_mean.to(wide)) * hidden_invstd
-        y = _affine(y, _wide(hidden_gamma, pooled.dtype), _wide(hidden_beta, pooled.dtype))
+        hidden = _Norm(
+            y, hidden_gamma, hidden_beta, hidden_mean, hidden_var, hidden_batch_stats, hidden_eps
+        )
+        y = hidden.out
     active = torch.relu(y)
-
-    dout, dgamma, dbeta = dlogits.to(wide), none, none
+    dout = dlogits.to(wide)
     if norm:
         out = torch.nn.functional.linear(active, w1, _wide(bias1, pooled.dtype))
-        dout, dgamma, dbeta = _norm_backward(dout, out, gamma, mean, var, batch_stats, eps)
+        dout, dgamma, dbeta = _Norm(out, gamma, None, mean, var, batch_stats, eps).backward(dout)
     dy = torch.ops.aten.threshold_backward(dout @ w1, active, 0)
-    dhidden_gamma = dhidden_beta = none
     if hidden_norm:
-        dy, dhidden_gamma, dhidden_beta = _norm_backward(
-            dy, pre, hidden_gamma, hidden_mean, hidden_var, hidden_batch_stats, hidden_eps
-        )
+        dy, dhidden_gamma, dhidden_beta = hidden.backward(dy)
     return (
         dy @ w0,
         dy.t() @ a,
@@ -246,20 +243,36 @@ def channel_mlp_backward(
     )
 
 
-def _norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    batch_stats: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = x.dtype
-    mean, invstd = mean.to(wide), torch.rsqrt(var.to(wide) + eps)
-    normed = (x - mean) * invstd
-    dgamma, dbeta = (dy * normed).sum(dim=0), dy.sum(dim=0)
-    scale = invstd if gamma is None else invstd * gamma.to(wide)
-    if batch_stats:
-        dy = dy - (dbeta + normed * dgamma) / x.shape[0]
-    return dy * scale, dgamma, dbeta
+class _Norm:
+    """A batch norm of [N, C] values, and its gradient, on torch's own kernels."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        batch_stats: bool,
+        eps: float,
+    ) -> None:
+        self.x, self.batch_stats, self.eps = x, batch_stats, eps
+        self.gamma = x.new_ones(x.shape[1]) if gamma is None else gamma.to(x.dtype)
+        beta = torch.zeros_like(self.gamma) if beta is None else beta.to(x.dtype)
+        self.running = (None, None) if batch_stats else (mean.to(x.dtype), var.to(x.dtype))
+        self.out, *self.saved = torch.ops.aten.native_batch_norm(
+            x, self.gamma, beta, *self.running, batch_stats, 0.0, eps
+        )
+
+    def backward(self, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(dx, dgamma, dbeta)."""
+        return torch.ops.aten.native_batch_norm_backward(
+            dy,
+            self.x,
+            self.gamma,
+            *self.running,
+            *self.saved,
+            self.batch_stats,
+            self.eps,
+            [True, True, True],
+        )

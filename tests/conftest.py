@@ -1,0 +1,51 @@
+"""Shared by all tests: where kernels run, and a seed that is printed when a test fails.
+
+With a GPU the kernels are compiled and run on it; without one, Triton's interpreter runs the same
+kernels on CPU tensors. Triton decides that when it is imported, so it is decided here first.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+_HAS_GPU = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+if not _HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The tables of tolerances are for fp32 arithmetic; the test of TF32 switches it on for itself.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def kernel_device() -> torch.device:
+    """Where the kernels run in this test session."""
+    if not _HAS_GPU:
+        return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "xpu")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return kernel_device()
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed for torch's generators; set BAM_KERNELS_TEST_SEED to repeat a failure."""
+    value = int(os.environ.get("BAM_KERNELS_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    torch.manual_seed(value)
+    request.node.user_properties.append(("seed", value))
+    return value
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    outcome = yield
+    report = outcome.get_result()
+    for name, value in item.user_properties:
+        if name == "seed" and report.failed:
+            report.sections.append(("seed", f"repeat with BAM_KERNELS_TEST_SEED={value}"))
