@@ -6,6 +6,7 @@ interpreter is on; plain PyTorch everywhere else. A backend asked for by name ru
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from types import TracebackType
@@ -83,7 +84,7 @@ def why_not(backend: str, device_type: str) -> str | None:
         return None
     if backend in ("cpp", "cuda"):
         return f"this version of bam_kernels has no {backend} backend; use 'triton' or 'reference'"
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return "Triton is not installed; pip install triton"
     if device_type in TRITON_DEVICES:
         return None
@@ -102,6 +103,14 @@ def why_not(backend: str, device_type: str) -> str | None:
             )
         return None
     return f"Triton does not run on {device_type!r} devices; use 'reference'"
+
+
+@functools.cache
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def choose_backend(x: Tensor) -> str:

@@ -179,9 +179,9 @@ def _channel_logits(pooled: Tensor, branch: ChannelBranch) -> Tensor:
         1e-5 if norm is None else norm.eps,
     )
     if hidden_stats:
-        _update_running(hidden_norm, hidden_mean, hidden_var, pooled.shape[0])
+        _update_running(hidden_norm, hidden_mean, hidden_var)
     if stats:
-        _update_running(norm, mean, var, pooled.shape[0])
+        _update_running(norm, mean, var)
     return logits
 
 
@@ -201,18 +201,17 @@ def _uses_batch_stats(norm: nn.Module | None) -> bool:
 
 
 @torch.no_grad()
-def _update_running(norm: nn.BatchNorm1d, mean: Tensor, var: Tensor, count: int) -> None:
+def _update_running(norm: nn.BatchNorm1d, mean: Tensor, unbiased_var: Tensor) -> None:
     """What a training forward of `nn.BatchNorm1d` does to its buffers."""
     if not norm.training or not norm.track_running_stats or norm.running_mean is None:
         return
     norm.num_batches_tracked.add_(1)
-    # momentum=None: a cumulative average.
     momentum = norm.momentum
-    if momentum is None:
-        momentum = 1.0 / norm.num_batches_tracked.to(mean.dtype)
-    unbiased = var * (count / (count - 1))
-    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-        running.add_(((batch - running.to(batch.dtype)) * momentum).to(running.dtype))
+    if momentum is None:  # a cumulative average
+        momentum = 1.0 / float(norm.num_batches_tracked)
+    running = [norm.running_mean, norm.running_var]
+    batch = [mean.to(running[0].dtype), unbiased_var.to(running[1].dtype)]
+    torch._foreach_lerp_(running, batch, momentum)
 
 
 def unfusable(channel: ChannelBranch | None, spatial: SpatialBranch | None) -> str | None:

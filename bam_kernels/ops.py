@@ -261,9 +261,9 @@ def _links(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n, c, h, w = x.shape
     wide = reference.accumulator_dtype(x.dtype)
     return (
-        x.new_zeros(1).expand(n, c, h, w),
-        x.new_zeros(1, dtype=wide).expand(n, c),
-        x.new_zeros(1, dtype=wide).expand(n, 1, h, w),
+        x.new_empty(1).expand(n, c, h, w),
+        x.new_empty(1, dtype=wide).expand(n, c),
+        x.new_empty(1, dtype=wide).expand(n, 1, h, w),
     )
 
 
@@ -368,18 +368,9 @@ def _channel_mlp_fake(pooled, weight0, bias0, weight1, bias1, *rest):
     return tuple(pooled.new_empty(size, dtype=wide) for size in sizes)
 
 
-def _channel_mlp(pooled, *rest):
-    out = _backend(pooled).channel_mlp_forward(pooled, *rest)
-    # Rows of one workspace: an operator's outputs may not share storage, and running statistics
-    # that were passed in may not come out again.
-    return out[0], *(
-        t.clone() if t.numel() else pooled.new_empty(0, dtype=t.dtype) for t in out[1:]
-    )
-
-
 _register(
     f"channel_mlp({_MLP_TENSORS}, {_MLP_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _channel_mlp,
+    lambda pooled, *rest: _backend(pooled).channel_mlp_forward(pooled, *rest),
     _channel_mlp_fake,
 )
 

@@ -42,6 +42,20 @@ def seed(request: pytest.FixtureRequest) -> int:
     return value
 
 
+@pytest.fixture
+def large_tiles():
+    """Tiles for tests of what stands above the kernels: the interpreter's time goes with their
+    number. The kernels' own tests run the shipped tables, and so does everything on a GPU."""
+    if _HAS_GPU:
+        yield
+        return
+    from bam_kernels.backends.triton import configs
+
+    tile = configs.Tile(128, 256, 4, 1)
+    with configs.override(**dict.fromkeys(configs.KERNELS, tile)):
+        yield
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     outcome = yield

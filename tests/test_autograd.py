@@ -135,7 +135,9 @@ def test_pool_reduce_derivatives(device, seed):
 @pytest.mark.parametrize("hidden_stats,stats", ((True, True), (False, False)))
 def test_channel_mlp_derivatives(hidden_stats, stats, device, seed):
     arguments = mlp_arguments(device, hidden_stats, stats)
-    check_derivatives(lambda *tensors: OPS.channel_mlp(*tensors, *arguments[13:])[0], *arguments[:13])
+    check_derivatives(
+        lambda *tensors: OPS.channel_mlp(*tensors, *arguments[13:])[0], *arguments[:13]
+    )
 
 
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
@@ -149,9 +151,14 @@ def test_module_derivatives(branches, preset, train, device, seed):
         device=device, dtype=torch.float64,
     ).train(train)  # fmt: skip
     names = [name for name, _ in module.named_parameters()]
+    shapes = [p.shape for p in module.parameters()]
     x = torch.randn(3, 4, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
+    # One vector: finite differences are taken once for all parameters, not once for each.
+    flat = torch.cat([p.detach().flatten() for p in module.parameters()]).requires_grad_()
 
-    def function(x, *parameters):
-        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
+    def function(x, flat):
+        parts = flat.split([shape.numel() for shape in shapes])
+        named = {n: t.view(shape) for n, t, shape in zip(names, parts, shapes, strict=True)}
+        return torch.func.functional_call(module, named, (x,))
 
-    check_derivatives(function, x, *module.parameters())
+    check_derivatives(function, x, flat)

@@ -31,40 +31,49 @@ def gate_forward(
     return out.to(x.dtype)
 
 
-def _maps(
-    channel: Tensor | None, spatial: Tensor | None, combine: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """M, dM/dc and dM/ds, broadcastable to [N, C, H, W]."""
+def _map(channel: Tensor | None, spatial: Tensor | None, combine: str) -> Tensor:
     c = None if channel is None else channel[:, :, None, None]
     if c is None or spatial is None:
-        m = torch.sigmoid(spatial if c is None else c)
-        slope = m * (1 - m)
-        return m, slope, slope
-    m = oracle.attention_map(c, spatial, combine)
-    if combine == "sigmoid_sum":
-        a, b = torch.sigmoid(c), torch.sigmoid(spatial)
-        return m, a * (1 - a), b * (1 - b)
-    slope = m * (1 - m)
-    if combine == "sum":
-        return m, slope, slope
-    if combine == "product":
-        return m, slope * spatial, slope * c
-    shared = torch.where(c == spatial, slope * 0.5, slope)
-    return m, shared.masked_fill(c < spatial, 0), shared.masked_fill(spatial < c, 0)
+        return torch.sigmoid(spatial if c is None else c)
+    return oracle.attention_map(c, spatial, combine)
 
 
 def gate_backward_reduce(
     dout: Tensor, x: Tensor, channel: Tensor | None, spatial: Tensor | None, combine: str
 ) -> tuple[Tensor, Tensor]:
     wide = accumulator_dtype(x.dtype)
-    _, by_c, by_s = _maps(_wide(channel, x.dtype), _wide(spatial, x.dtype), combine)
-    product = dout.to(wide) * x.to(wide)
+    grad = dout.to(wide) * x.to(wide)
+    by_c, by_s = _logit_gradients(grad, _wide(channel, x.dtype), _wide(spatial, x.dtype), combine)
     dchannel = dspatial = x.new_empty(0)
     if channel is not None:
-        dchannel = (product * by_c).sum(dim=(2, 3)).to(channel.dtype)
+        dchannel = by_c.sum(dim=(2, 3)).to(channel.dtype)
     if spatial is not None:
-        dspatial = (product * by_s).sum(dim=1, keepdim=True).to(spatial.dtype)
+        dspatial = by_s.sum(dim=1, keepdim=True).to(spatial.dtype)
     return dchannel, dspatial
+
+
+def _logit_gradients(
+    grad: Tensor, channel: Tensor | None, spatial: Tensor | None, combine: str
+) -> tuple[Tensor, Tensor]:
+    def through_sigmoid(z: Tensor) -> Tensor:
+        m = torch.sigmoid(z)
+        return grad * (m * (1 - m))
+
+    c = None if channel is None else channel[:, :, None, None]
+    if c is None or spatial is None:
+        value = through_sigmoid(spatial if c is None else c)
+        return value, value
+    if combine == "sigmoid_sum":
+        return through_sigmoid(c), through_sigmoid(spatial)
+    if combine == "sum":
+        value = through_sigmoid(c + spatial)
+        return value, value
+    if combine == "product":
+        value = through_sigmoid(c * spatial)
+        return value * spatial, value * c
+    value = through_sigmoid(torch.maximum(c, spatial))
+    shared = torch.where(c == spatial, value * 0.5, value)
+    return shared.masked_fill(c < spatial, 0), shared.masked_fill(spatial < c, 0)
 
 
 def pool_reduce_forward(
@@ -86,7 +95,7 @@ def gate_input_gradient(
 ) -> Tensor:
     """dout * (1 + M), or dout * M: the gate's gradient of x."""
     wide = accumulator_dtype(dout.dtype)
-    m, _, _ = _maps(_wide(channel, dout.dtype), _wide(spatial, dout.dtype), combine)
+    m = _map(_wide(channel, dout.dtype), _wide(spatial, dout.dtype), combine)
     grad = dout.to(wide) * m
     return (grad + dout.to(wide) if residual else grad).to(dout.dtype)
 
@@ -163,13 +172,13 @@ def channel_mlp_forward(
     y = torch.nn.functional.linear(to(pooled), to(weight0), to(bias0))
     if hidden_norm:
         used = _statistics(y) if hidden_batch_stats else (to(hidden_mean), to(hidden_var))
-        hidden_taken = used if hidden_batch_stats else hidden_taken
+        hidden_taken = _unbiased(used, y) if hidden_batch_stats else hidden_taken
         y = (y - used[0]) * torch.rsqrt(used[1] + hidden_eps)
         y = _affine(y, to(hidden_gamma), to(hidden_beta))
     y = torch.nn.functional.linear(torch.relu(y), to(weight1), to(bias1))
     if norm:
         used = _statistics(y) if batch_stats else (to(mean), to(var))
-        taken = used if batch_stats else taken
+        taken = _unbiased(used, y) if batch_stats else taken
         y = _affine((y - used[0]) * torch.rsqrt(used[1] + eps), to(gamma), to(beta))
     return y, *hidden_taken, *taken
 
@@ -177,6 +186,11 @@ def channel_mlp_forward(
 def _statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     mean = y.mean(dim=0)
     return mean, (y - mean).square().mean(dim=0)
+
+
+def _unbiased(statistics: tuple[Tensor, Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
+    mean, var = statistics
+    return mean, var * (y.shape[0] / (y.shape[0] - 1))
 
 
 def _affine(y: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
@@ -258,7 +272,7 @@ class _Norm:
     ) -> None:
         self.x, self.batch_stats, self.eps = x, batch_stats, eps
         self.gamma = x.new_ones(x.shape[1]) if gamma is None else gamma.to(x.dtype)
-        beta = torch.zeros_like(self.gamma) if beta is None else beta.to(x.dtype)
+        beta = None if beta is None else beta.to(x.dtype)
         self.running = (None, None) if batch_stats else (mean.to(x.dtype), var.to(x.dtype))
         self.out, *self.saved = torch.ops.aten.native_batch_norm(
             x, self.gamma, beta, *self.running, batch_stats, 0.0, eps

@@ -18,7 +18,7 @@ from bam_kernels.backends.triton.launch import accumulator, accumulator_dtype, d
 
 @triton.jit
 def _statistics(value, in_n, N, ACC: tl.constexpr):
-    """Mean and biased variance over axis 0 of value [BLOCK_N, columns], as torch's batch norm takes."""
+    """Mean and biased variance over axis 0 of value [BLOCK_N, columns], as a batch norm applies."""
     count = N.to(ACC)
     mean = tl.sum(tl.where(in_n[:, None], value, 0.0), axis=0) / count
     centred = tl.where(in_n[:, None], value - mean[None, :], 0.0)
@@ -103,7 +103,8 @@ def _channel_mlp_kernel(
             mu, sigma2 = _statistics(y, in_n, N, ACC)
             if channel_block == 0:
                 tl.store(hidden_batch_mean + units_h, mu, mask=in_h)
-                tl.store(hidden_batch_var + units_h, sigma2, mask=in_h)
+                unbiased = sigma2 * (N.to(ACC) / (N - 1).to(ACC))
+                tl.store(hidden_batch_var + units_h, unbiased, mask=in_h)
         else:
             mu = tl.load(hidden_mean + units_h, mask=in_h, other=0.0).to(ACC)
             sigma2 = tl.load(hidden_var + units_h, mask=in_h, other=1.0).to(ACC)
@@ -122,7 +123,7 @@ def _channel_mlp_kernel(
         if BATCH_STATS:
             mu, sigma2 = _statistics(out, in_n, N, ACC)
             tl.store(batch_mean + own, mu, mask=in_own)
-            tl.store(batch_var + own, sigma2, mask=in_own)
+            tl.store(batch_var + own, sigma2 * (N.to(ACC) / (N - 1).to(ACC)), mask=in_own)
         else:
             mu = tl.load(mean + own, mask=in_own, other=0.0).to(ACC)
             sigma2 = tl.load(var + own, mask=in_own, other=1.0).to(ACC)
@@ -158,7 +159,8 @@ def channel_mlp_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logits [N, C], hidden batch mean and variance [h], batch mean and variance [C]).
 
-    All in the accumulator's type (fp32, or fp64 for fp64). A statistic that was not taken is empty.
+    All in the accumulator's type (fp32, or fp64 for fp64). The variances are the unbiased ones that
+    running statistics take. A statistic that was not taken is empty.
     pooled [N, C]; weight0 [h, C]; weight1 [C, h]; the norms' vectors [h] and [C].
     """
     n, c = pooled.shape

@@ -45,9 +45,8 @@ _overrides: dict[str, Tile] = {}
 @contextlib.contextmanager
 def override(**tiles: Tile) -> Iterator[None]:
     """Use these tiles, by kernel name, in place of the table's while the context lasts."""
-    known = set(_TABLES)
-    if unknown := set(tiles) - known:
-        raise ValueError(f"tiles: expected names among {sorted(known)}, got {sorted(unknown)}")
+    if unknown := set(tiles) - set(KERNELS):
+        raise ValueError(f"tiles: expected names among {KERNELS}, got {sorted(unknown)}")
     previous = dict(_overrides)
     _overrides.update(tiles)
     try:
@@ -157,3 +156,6 @@ _TABLES = {
     "input_gradient": _input_gradient,
     "pool_reduce": _pool_reduce,
 }
+
+KERNELS = tuple(_TABLES)
+"""The kernels that have a table."""

@@ -11,16 +11,16 @@ _INTERPRETED: tl.constexpr = tl.constexpr(env.triton_interpret())
 
 
 @triton.jit
-def map_offsets(rows, columns, outer_stride, CHANNELS_LAST: tl.constexpr):
-    """Offsets [BLOCK_C, BLOCK_P] of channels `rows` and positions `columns`, in 64 bits.
+def map_offsets(rows, columns, outer_units, ALIGN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Offsets [BLOCK_C, BLOCK_P] of channels `rows` and positions `columns` within one sample.
 
-    The dense axis keeps its 32-bit block; the other is multiplied in 64 bits, since C * H * W
-    alone may pass 2^31.
+    The dense axis keeps its 32-bit block. The other is widened before it is multiplied: C * H * W
+    alone may pass 2^31, and so may its stride, which comes in units of ALIGN.
     """
     if CHANNELS_LAST:
-        return rows[:, None] + (columns.to(tl.int64) * outer_stride)[None, :]
+        return rows[:, None] + (columns.to(tl.int64) * outer_units * ALIGN)[None, :]
     else:
-        return (rows.to(tl.int64) * outer_stride)[:, None] + columns[None, :]
+        return (rows.to(tl.int64) * outer_units * ALIGN)[:, None] + columns[None, :]
 
 
 @triton.jit
@@ -69,28 +69,33 @@ def attention_map(c, s, COMBINE: tl.constexpr):
 
 
 @triton.jit
-def _slope(m):
-    return m * (1 - m)
+def _through_sigmoid(grad, z):
+    m = sigmoid(z)
+    return grad * (m * (1 - m))
 
 
 @triton.jit
-def attention_slopes(c, s, COMBINE: tl.constexpr):
-    """(dM/dc, dM/ds), broadcastable. Where c == s, "max" shares the slope, as torch.maximum does."""
+def logit_gradients(grad, c, s, COMBINE: tl.constexpr):
+    """(d/dc, d/ds) of the map M, times `grad`, each still to be summed over the other's axis.
+
+    "max" shares between equal logits and masks the loser, as torch.maximum does: an infinite grad
+    gives 0 there, where a slope of 0 would give NaN.
+    """
     if c is None:
-        slope = _slope(sigmoid(s))
-        return slope, slope
+        value = _through_sigmoid(grad, s)
+        return value, value
     elif s is None:
-        slope = _slope(sigmoid(c))
-        return slope, slope
+        value = _through_sigmoid(grad, c)
+        return value, value
     elif COMBINE == "sum":
-        slope = _slope(sigmoid(c + s))
-        return slope, slope
+        value = _through_sigmoid(grad, c + s)
+        return value, value
     elif COMBINE == "product":
-        slope = _slope(sigmoid(c * s))
-        return slope * s, slope * c
+        value = _through_sigmoid(grad, c * s)
+        return value * s, value * c
     elif COMBINE == "max":
-        slope = _slope(sigmoid(tl.maximum(c, s, propagate_nan=tl.PropagateNan.ALL)))
-        shared = tl.where(c == s, slope * 0.5, slope)
+        value = _through_sigmoid(grad, tl.maximum(c, s, propagate_nan=tl.PropagateNan.ALL))
+        shared = tl.where(c == s, value * 0.5, value)
         return tl.where(c < s, 0.0, shared), tl.where(s < c, 0.0, shared)
     else:
-        return _slope(sigmoid(c)), _slope(sigmoid(s))
+        return _through_sigmoid(grad, c), _through_sigmoid(grad, s)

@@ -15,7 +15,7 @@ from bam_kernels import layout
 from bam_kernels.backends.triton import configs
 from bam_kernels.backends.triton.device_math import (
     attention_map,
-    attention_slopes,
+    logit_gradients,
     map_offsets,
     narrow,
 )
@@ -80,16 +80,14 @@ def _gate_forward_kernel(
         s = tl.load(spatial + n * P + columns, mask=columns < P, other=0.0).to(ACC)[None, :]
     m = attention_map(c, s, COMBINE)
 
-    x += n * (x_stride_n * ALIGN)
-    out += n * (out_stride_n * ALIGN)
-    value = tl.load(
-        x + map_offsets(rows, columns, x_stride_outer * ALIGN, CHANNELS_LAST), mask=mask
-    )
+    x += n * x_stride_n * ALIGN
+    out += n * out_stride_n * ALIGN
+    value = tl.load(x + map_offsets(rows, columns, x_stride_outer, ALIGN, CHANNELS_LAST), mask=mask)
     value = value.to(ACC)
     gated = value * m
     if RESIDUAL:
         gated += value
-    offsets = map_offsets(rows, columns, out_stride_outer * ALIGN, CHANNELS_LAST)
+    offsets = map_offsets(rows, columns, out_stride_outer, ALIGN, CHANNELS_LAST)
     tl.store(out + offsets, narrow(gated, out.dtype.element_ty), mask=mask)
 
 
@@ -177,8 +175,8 @@ def _gate_backward_reduce_kernel(
     n = (rest // splits).to(tl.int64)
     columns = position_tile * BLOCK_P + tl.arange(0, BLOCK_P)
     in_p = columns < P
-    dout += n * (dout_stride_n * ALIGN)
-    x += n * (x_stride_n * ALIGN)
+    dout += n * dout_stride_n * ALIGN
+    x += n * x_stride_n * ALIGN
 
     s = None
     if spatial is not None:
@@ -193,17 +191,17 @@ def _gate_backward_reduce_kernel(
         c = None
         if channel is not None:
             c = tl.load(channel + n * C + rows, mask=in_c, other=0.0).to(ACC)[:, None]
-        at_dout = map_offsets(rows, columns, dout_stride_outer * ALIGN, CHANNELS_LAST)
-        at_x = map_offsets(rows, columns, x_stride_outer * ALIGN, CHANNELS_LAST)
+        at_dout = map_offsets(rows, columns, dout_stride_outer, ALIGN, CHANNELS_LAST)
+        at_x = map_offsets(rows, columns, x_stride_outer, ALIGN, CHANNELS_LAST)
         product = tl.load(dout + at_dout, mask=mask, other=0.0).to(ACC)
         product *= tl.load(x + at_x, mask=mask, other=0.0).to(ACC)
-        by_c, by_s = attention_slopes(c, s, COMBINE)
+        by_c, by_s = logit_gradients(product, c, s, COMBINE)
         if channel is not None:
-            # Outside the mask the product is 0, but a slope may be NaN (0 * inf logits).
-            dc = tl.sum(tl.where(mask, product * by_c, 0.0), axis=1)
+            # Outside the mask the product is 0, but an infinite logit there makes it NaN.
+            dc = tl.sum(tl.where(mask, by_c, 0.0), axis=1)
             tl.store(dchannel + (n * position_tiles + position_tile) * C + rows, dc, mask=in_c)
         if spatial is not None:
-            ds += tl.sum(tl.where(mask, product * by_s, 0.0), axis=0)
+            ds += tl.sum(tl.where(mask, by_s, 0.0), axis=0)
     if spatial is not None:
         tl.store(dspatial + (n * splits + split) * P + columns, ds, mask=in_p)
 

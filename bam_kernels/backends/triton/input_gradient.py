@@ -106,11 +106,11 @@ def _input_gradient_kernel(
         mask = in_c[:, None] & in_p[None, :]
 
         if dweight is not None:
-            at = map_offsets(own_h, columns, hidden_stride, CHANNELS_LAST) + n * hidden * P
+            at = map_offsets(own_h, columns, hidden_stride, 1, CHANNELS_LAST) + n * hidden * P
             in_hp = (own_h < hidden)[:, None] & in_p[None, :]
             dr = tl.load(dreduced + at, mask=in_hp, other=0.0)
-            at_x = map_offsets(rows, columns, x_stride_outer * ALIGN, CHANNELS_LAST)
-            value = tl.load(x + n * (x_stride_n * ALIGN) + at_x, mask=mask, other=0.0)
+            at_x = map_offsets(rows, columns, x_stride_outer, ALIGN, CHANNELS_LAST)
+            value = tl.load(x + n * x_stride_n * ALIGN + at_x, mask=mask, other=0.0)
             dw = dot(dr, tl.trans(value), dw, PRECISION)
             if dbias is not None:
                 db += tl.sum(dr.to(ACC), axis=1)
@@ -121,7 +121,7 @@ def _input_gradient_kernel(
                 if weight is not None:
                     for block in tl.static_range(HIDDEN_BLOCKS):
                         some_h = block * BLOCK_H + tl.arange(0, BLOCK_H)
-                        at = map_offsets(some_h, columns, hidden_stride, CHANNELS_LAST)
+                        at = map_offsets(some_h, columns, hidden_stride, 1, CHANNELS_LAST)
                         in_hp = (some_h < hidden)[:, None] & in_p[None, :]
                         dr = tl.load(dreduced + n * hidden * P + at, mask=in_hp, other=0.0)
                         w = tl.load(
@@ -134,8 +134,8 @@ def _input_gradient_kernel(
                     dp = tl.load(dpooled + n * C + rows, mask=in_c, other=0.0).to(ACC)
                     grad += (dp / P.to(ACC))[:, None]
                 if dout is not None:
-                    at_dout = map_offsets(rows, columns, dout_stride_outer * ALIGN, CHANNELS_LAST)
-                    g = tl.load(dout + n * (dout_stride_n * ALIGN) + at_dout, mask=mask, other=0.0)
+                    at_dout = map_offsets(rows, columns, dout_stride_outer, ALIGN, CHANNELS_LAST)
+                    g = tl.load(dout + n * dout_stride_n * ALIGN + at_dout, mask=mask, other=0.0)
                     g = g.to(ACC)
                     c = None
                     s = None
@@ -149,8 +149,8 @@ def _input_gradient_kernel(
                     grad += g * m
                     if RESIDUAL:
                         grad += g
-                at_dx = map_offsets(rows, columns, dx_stride_outer * ALIGN, CHANNELS_LAST)
-                dx_n = dx + n * (dx_stride_n * ALIGN)
+                at_dx = map_offsets(rows, columns, dx_stride_outer, ALIGN, CHANNELS_LAST)
+                dx_n = dx + n * dx_stride_n * ALIGN
                 tl.store(dx_n + at_dx, narrow(grad, dx.dtype.element_ty), mask=mask)
 
     if dweight is not None:

@@ -65,7 +65,7 @@ def _pool_reduce_kernel(
     in_p = columns < P
     units_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     in_h = units_h < hidden
-    x += n * (x_stride_n * ALIGN)
+    x += n * x_stride_n * ALIGN
 
     acc = tl.zeros((BLOCK_H, BLOCK_P), ACC)
     first = split * blocks_per_split * BLOCK_C
@@ -73,7 +73,7 @@ def _pool_reduce_kernel(
     for start in range(first, last, BLOCK_C):
         rows = start + tl.arange(0, BLOCK_C)
         in_c = rows < C
-        offsets = map_offsets(rows, columns, x_stride_outer * ALIGN, CHANNELS_LAST)
+        offsets = map_offsets(rows, columns, x_stride_outer, ALIGN, CHANNELS_LAST)
         tile = tl.load(x + offsets, mask=in_c[:, None] & in_p[None, :], other=0.0)
         if weight is not None:
             w = tl.load(
@@ -93,7 +93,7 @@ def _pool_reduce_kernel(
         if bias is not None:
             acc += tl.load(bias + units_h, mask=in_h, other=0.0).to(ACC)[:, None]
         reduced += (n * splits + split) * hidden * P
-        offsets = map_offsets(units_h, columns, hidden if CHANNELS_LAST else P, CHANNELS_LAST)
+        offsets = map_offsets(units_h, columns, hidden if CHANNELS_LAST else P, 1, CHANNELS_LAST)
         mask = in_h[:, None] & in_p[None, :]
         tl.store(reduced + offsets, narrow(acc, reduced.dtype.element_ty), mask=mask)
 
