@@ -8,9 +8,11 @@ Importing this package needs torch alone: no Triton, no compiler, no GPU.
 
 from bam_kernels import functional, reference
 from bam_kernels._version import __version__
+from bam_kernels.analysis import attention_maps
 from bam_kernels.config import BAMConfig
 from bam_kernels.dispatch import BackendUnavailableError, use_backend
 from bam_kernels.explain import Explanation, explain
+from bam_kernels.integrate import insert_bam
 from bam_kernels.modules import BAM, SqueezeExcite
 
 __all__ = [
@@ -20,8 +22,10 @@ __all__ = [
     "Explanation",
     "SqueezeExcite",
     "__version__",
+    "attention_maps",
     "explain",
     "functional",
+    "insert_bam",
     "reference",
     "use_backend",
 ]

@@ -13,9 +13,10 @@ from bam_kernels.config import check_combine
 from bam_kernels.dispatch import DTYPES, choose_backend, log_once
 from bam_kernels.reference import ChannelBranch, SpatialBranch
 
-# BLOCK_N * BLOCK_H of the fused channel MLP: the activations of its program, which with batch
-# statistics holds the whole batch, are 64 fp32 registers a thread with 8 warps.
-_MLP_REGISTERS = 16384
+# Activations, BLOCK_N * BLOCK_H, that a program of the fused channel MLP holds in registers; with
+# batch statistics BLOCK_N is the whole batch. More would spill, by ahead-of-time compilation: the
+# limit is lower where the hidden layer is wider than 64.
+_MLP_REGISTERS, _WIDE_MLP_REGISTERS = 8192, 4096
 
 
 def gate(
@@ -108,7 +109,7 @@ def bam(
 
     x [N, C, H, W] to the same shape, dtype and memory format: 3 passes over x-sized memory forward
     and 5 backward. Runs in plain PyTorch where the fused path cannot see everything that a branch
-    does; `bam_kernels.explain` says when and why. `observer` is called with the logits of both branches.
+    does; `bam_kernels.explain` says when and why. `observer` is called with both branches' logits.
 
     Raises:
         TypeError: not a tensor, or an unsupported dtype.
@@ -243,7 +244,7 @@ def unfusable_mlp(branch: ChannelBranch, samples: int) -> str | None:
     batch = 16
     if any(_uses_batch_stats(norm) for norm in norms):
         batch = _next_power_of_2(samples)
-    if batch * hidden > _MLP_REGISTERS:
+    if batch * hidden > (_MLP_REGISTERS if hidden <= 64 else _WIDE_MLP_REGISTERS):
         return f"a batch of {samples} with {hidden} hidden units outgrows one program's registers"
     return None
 

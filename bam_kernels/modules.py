@@ -1,4 +1,4 @@
-"""The modules that a network holds: the reference's parameters and state_dict, the fused forward."""
+"""The modules that a network holds: the reference's parameters, and the fused forward."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from bam_kernels import functional, reference
 class BAM(reference.BAM):
     """The Bottleneck Attention Module on fused kernels: same arguments, state_dict and numbers.
 
-    See `bam_kernels.reference.BAM` for the arguments. Which backend runs is decided at each call, by
-    `bam_kernels.use_backend`, ``BAM_KERNELS_BACKEND`` or the input's device;
+    See `bam_kernels.reference.BAM` for the arguments. Which backend runs is decided at each call,
+    by `bam_kernels.use_backend`, ``BAM_KERNELS_BACKEND`` or the input's device;
     `bam_kernels.explain(module, x)` tells which and why.
 
     Shapes: [N, C, H, W] to [N, C, H, W], in the input's dtype and memory format.

@@ -1,4 +1,4 @@
-"""The operators as torch sees them: opcheck, and first and second derivatives by finite differences."""
+"""The operators as torch sees them: opcheck, and two derivatives by finite differences."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def mlp_arguments(device, hidden_stats=True, stats=True):
     return (
         matrix(6, 7), matrix(3, 7), vector(3), matrix(7, 3), vector(7),
         vector(3), vector(3),
-        None if hidden_stats else vector(3).detach(), None if hidden_stats else vector(3, True).detach(),
+        *((None, None) if hidden_stats else (vector(3).detach(), vector(3, True).detach())),
         vector(7), vector(7),
-        None if stats else vector(7).detach(), None if stats else vector(7, True).detach(),
+        *((None, None) if stats else (vector(7).detach(), vector(7, True).detach())),
         True, hidden_stats, 1e-5, True, stats, 1e-5,
     )  # fmt: skip
 

@@ -51,7 +51,7 @@ def same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=name)
 @pytest.mark.parametrize("combine", COMBINES)
 def test_extreme_logits_and_inputs(combine, dtype, device, seed):
-    """Logits of +-1e4 and infinity, inputs with inf, NaN, -0 and the smallest and largest numbers."""
+    """Logits of +-1e4 and infinity; inputs with inf, NaN, -0, very small and large numbers."""
     x = make_map((2, 24, 3, 5), dtype, device)
     special = torch.tensor(
         [float("inf"), float("-inf"), float("nan"), -0.0, 1e-38, 3e38], dtype=dtype, device=device

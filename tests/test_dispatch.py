@@ -108,14 +108,14 @@ def test_use_backend_nests_and_restores(device):
 @pytest.mark.parametrize("name", ("cpp", "cuda"))
 def test_a_backend_that_is_not_built_raises(name, device):
     x = make_map((2, 32, 5, 7), torch.float32, device)
-    with use_backend(name), pytest.raises(BackendUnavailableError, match=f"no {name} backend"):
+    with use_backend(name), pytest.raises(BackendUnavailableError, match=rf"no {name} backend"):
         BAM(32, device=device)(x)
     with use_backend(name), pytest.raises(BackendUnavailableError):
         functional.gate(x, torch.randn(2, 32, device=device), None)
 
 
 def test_an_unknown_backend():
-    with pytest.raises(ValueError, match="backend: expected one of auto, triton.*got 'tritno'"):
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, triton.*got 'tritno'"):
         use_backend("tritno")
 
 
@@ -131,7 +131,7 @@ def test_explain(device, seed):
     deep = explain(BAM(32, mlp_layers=2, device=device), x)
     assert any("2 hidden layers" in note for note in deep.notes)
     assert "empty" in explain(module, x[:0]).reasons["triton"]
-    with pytest.raises(TypeError, match="module: expected a bam_kernels.BAM"):
+    with pytest.raises(TypeError, match=r"module: expected a bam_kernels\.BAM"):
         explain(torch.nn.ReLU(), x)
     with pytest.raises(ValueError, match="expected 32 channels, got 16"):
         explain(module, x[:, :16])

@@ -1,4 +1,4 @@
-"""How maps are walked: which strides are taken as they lie, which are copied; and 64-bit offsets."""
+"""How maps are walked: which strides are taken as they lie, which copied; and 64-bit offsets."""
 
 from __future__ import annotations
 

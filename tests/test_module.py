@@ -1,4 +1,4 @@
-"""Whole modules against the reference in float64, beside eager; and what a module must be able to do."""
+"""Whole modules against the reference in float64, beside eager; and what a module must do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The channel branch behind the pooling (Eq. 3) in one launch: two linear layers, ReLU, batch norms.
+"""The channel branch behind the pooling (Eq. 3) in one launch: linear layers, ReLU, batch norms.
 
 With running statistics the batch is cut into blocks; with batch statistics each program holds the
 whole batch, so that the statistics need no second launch.

@@ -1,4 +1,4 @@
-"""The launch tables: every tile and every split, with its reason. Fixed, never autotuned at run time.
+"""The launch tables: every tile and every split, with its reason; never autotuned at run time.
 
 Tile widths and split counts set the order of summation, hence the bits of a result; a table keeps
 them the same from run to run and from machine to machine of one architecture. `override` swaps an
@@ -20,9 +20,6 @@ TARGET_PROGRAMS = 264
 
 # tl.dot wants at least 16 along each reduced axis for 16-bit operands (8 for fp32, 4 for fp64).
 _LEAST = 16
-
-# The widest hidden block a program holds; a wider hidden layer (C=2048 with r=8) takes several.
-MAX_BLOCK_HIDDEN = 128
 
 # Channels of the logits that a program of the channel MLP owns, and of its input that it takes at
 # a time: 32 gives 8 to 32 programs at C of 256 to 1024.
@@ -61,7 +58,13 @@ def next_power_of_2(n: int) -> int:
 
 
 def tile(
-    kernel: str, dtype: torch.dtype, channels: int, positions: int, hidden: int, channels_last: bool
+    kernel: str,
+    dtype: torch.dtype,
+    channels: int,
+    positions: int,
+    hidden: int,
+    channels_last: bool,
+    precision: str = "ieee",
 ) -> Tile:
     """The table's entry for a kernel, cut down to the map where the map is smaller.
 
@@ -72,10 +75,11 @@ def tile(
         positions: H * W.
         hidden: C // r, or 0 where the launch has no 1x1 reduction.
         channels_last: whether C is the dense axis.
+        precision: of fp32 dots, "ieee" or "tf32".
     """
     entry = _overrides.get(kernel)
     if entry is None:
-        entry = _TABLES[kernel](dtype.itemsize, hidden, channels_last)
+        entry = _TABLES[kernel](dtype.itemsize, hidden, channels_last, precision)
     return dataclasses.replace(
         entry,
         block_c=min(entry.block_c, max(next_power_of_2(channels), _LEAST)),
@@ -83,20 +87,27 @@ def tile(
     )
 
 
-def block_hidden(hidden: int) -> int:
-    """The width of a hidden block: a power of two that tl.dot takes, at most `MAX_BLOCK_HIDDEN`."""
-    return min(max(next_power_of_2(hidden), _LEAST), MAX_BLOCK_HIDDEN)
+def block_hidden(kernel: str, dtype: torch.dtype, hidden: int) -> int:
+    """The width of a hidden block: a power of two that tl.dot takes.
+
+    At most 64, where 128 would spill, and 128 for the reduction of half types. A wider hidden layer
+    (C = 2048 at r = 16) takes several blocks, and each reads x once more.
+    """
+    most = 128 if kernel == "pool_reduce" and dtype.itemsize == 2 else 64
+    return min(max(next_power_of_2(hidden), _LEAST), most)
 
 
 def channel_mlp_blocks(samples: int, hidden: int, batch_stats: bool) -> tuple[int, int, int]:
     """(BLOCK_N, BLOCK_H, num_warps) of the channel MLP: the whole batch where it takes statistics.
 
-    `bam_kernels.functional` keeps BLOCK_N * BLOCK_H at 16384 or less: 64 fp32 registers a thread
-    with 8 warps.
+    The block of activations lives in registers. `bam_kernels.functional` leaves to torch what would
+    spill: more than 8192 elements, or more than 4096 where BLOCK_H is above 64.
     """
     block_n = max(next_power_of_2(samples), _LEAST) if batch_stats else _LEAST
     block_h = max(next_power_of_2(hidden), _LEAST)
-    return block_n, block_h, 8 if block_n * block_h > 4096 else 4
+    if block_h > 64:
+        return block_n, block_h, 16
+    return block_n, block_h, 8 if block_n * block_h >= 4096 else 4
 
 
 def split_channels(blocks: int, other_programs: int) -> int:
@@ -116,7 +127,12 @@ def split_tiles(tiles: int, other_programs: int) -> int:
     return max(1, min(tiles, -(-2 * TARGET_PROGRAMS // other_programs)))
 
 
-def _gate(itemsize: int, hidden: int, channels_last: bool) -> Tile:
+# What decides below is ahead-of-time compilation for sm_80, 90, 100 and 120 (tests/test_aot.py): no
+# spills, and 128-bit access to x, so 8 half or 4 fp32 elements a thread at the least. Which of the
+# tiles that pass is the fastest, a GPU must tell.
+
+
+def _gate(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
     # One read and one write and no reuse: 4096 elements over 128 threads are 32 a thread, four
     # 16-byte loads in flight each in half precision. The long side lies along the dense axis.
     if itemsize == 8:
@@ -124,30 +140,35 @@ def _gate(itemsize: int, hidden: int, channels_last: bool) -> Tile:
     return Tile(256, 16, 4, 1) if channels_last else Tile(16, 256, 4, 1)
 
 
-def _gate_backward_reduce(itemsize: int, hidden: int, channels_last: bool) -> Tile:
-    # Two streams (dout, x) and both slopes are live: half the gate's tile.
+def _gate_backward_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
+    # Two streams (dout, x) and both gradients are live: half the gate's tile.
     if itemsize == 8:
         return Tile(64, 16, 4, 1) if channels_last else Tile(16, 64, 4, 1)
-    return Tile(128, 16, 4, 2) if channels_last else Tile(16, 128, 4, 2)
+    warps = 8 if itemsize == 4 else 4  # fp32 spills on sm_120 with 4
+    return Tile(128, 16, warps, 2) if channels_last else Tile(16, 128, warps, 2)
 
 
-def _pool_reduce(itemsize: int, hidden: int, channels_last: bool) -> Tile:
+def _pool_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
     # The accumulator is block_hidden x block_p in fp32; x's tile feeds the dot and the pooling.
     if itemsize == 8:
         return Tile(16, 32, 8, 1)
     if itemsize == 4:
-        return Tile(32, 64, 8 if hidden > 32 else 4, 2)
-    return Tile(64, 128, 8 if hidden > 32 else 4, 2)
+        # Dots without tensor cores (ieee) keep both operands in registers.
+        return Tile(32, 32 if precision == "ieee" and hidden > 32 else 64, 8, 1)
+    # The long side along the dense axis; in channels_last 64x128 spills on sm_90.
+    return Tile(128, 64, 8, 2) if channels_last else Tile(64, 128, 8 if hidden > 32 else 4, 2)
 
 
-def _input_gradient(itemsize: int, hidden: int, channels_last: bool) -> Tile:
-    # Live at once: W0's block, dW0's accumulator (block_hidden x block_c), dout, x and dx.
+def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
+    # Live at once: W0's block, dW0's accumulator (block_hidden x block_c), dout, x and dx. More
+    # warps share them, or a narrower block of channels, where fewer would spill.
     if itemsize == 8:
         return Tile(16, 32, 8, 1)
     if itemsize == 4:
-        # fp32 dots without tensor cores keep both operands in registers.
-        return Tile(32, 32, 8, 1)
-    return Tile(64, 64, 8 if hidden > 16 else 4, 1)
+        return Tile(32, 64, 16, 1)
+    if hidden > 32:
+        return Tile(32, 64, 8, 2)
+    return Tile(64, 64, 16 if hidden > 16 else 4, 1)
 
 
 _TABLES = {

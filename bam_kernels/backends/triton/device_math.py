@@ -1,4 +1,4 @@
-"""What the kernels share on the device: offsets, the attention map and its slopes, dots, rounding."""
+"""What the kernels share on the device: offsets, rounding, dots, the map M and its gradients."""
 
 import triton
 import triton.language as tl

@@ -189,7 +189,7 @@ def input_gradient(
     w = walk(x, *maps)
     hidden = 0 if dreduced is None else dreduced.shape[1]
     t = configs.tile("input_gradient", x.dtype, w.c, w.p, hidden, w.channels_last)
-    block_h = configs.block_hidden(hidden)
+    block_h = configs.block_hidden("input_gradient", x.dtype, hidden)
     hidden_blocks = max(1, triton.cdiv(hidden, block_h))
     position_tiles, channel_blocks = triton.cdiv(w.p, t.block_p), triton.cdiv(w.c, t.block_c)
     tiles = w.n * position_tiles

@@ -1,4 +1,4 @@
-"""What every launcher needs: the walk over x as the kernels take it, types, precision, the device."""
+"""What every launcher needs: the walk over x, accumulator types, dot precision, the device."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _tf32_convolutions() -> bool:
 
 
 def device_guard(x: Tensor) -> AbstractContextManager:
-    """Make x's device the current one: Triton launches on the current device, not on the tensor's."""
+    """Make x's device the current one, since that is where Triton launches."""
     if x.device.type in ("cpu", "meta"):
         return contextlib.nullcontext()
     module = torch.get_device_module(x.device)

@@ -1,4 +1,4 @@
-"""Global average pool and 1x1 reduction from one read of x: the heads of both branches (Eq. 3, 4)."""
+"""Average pool and 1x1 reduction from one read of x: the heads of both branches (Eq. 3, 4)."""
 
 from __future__ import annotations
 
@@ -108,8 +108,9 @@ def pool_reduce_forward(
     x = layout.walkable(x)
     w = walk(x)
     hidden = 0 if weight is None else weight.shape[0]
-    t = configs.tile("pool_reduce", x.dtype, w.c, w.p, hidden, w.channels_last)
-    block_h = configs.block_hidden(hidden)
+    precision = conv_precision(x.dtype)
+    t = configs.tile("pool_reduce", x.dtype, w.c, w.p, hidden, w.channels_last, precision)
+    block_h = configs.block_hidden("pool_reduce", x.dtype, hidden)
     hidden_blocks = max(1, triton.cdiv(hidden, block_h))
     position_tiles, blocks = triton.cdiv(w.p, t.block_p), triton.cdiv(w.c, t.block_c)
     blocks_per_split = triton.cdiv(
@@ -143,7 +144,7 @@ def pool_reduce_forward(
             ALIGN=w.align,
             CHANNELS_LAST=w.channels_last,
             POOL_WHOLE=pool_whole,
-            PRECISION=conv_precision(x.dtype),
+            PRECISION=precision,
             ACC=accumulator(x.dtype),
             BLOCK_C=t.block_c,
             BLOCK_P=t.block_p,

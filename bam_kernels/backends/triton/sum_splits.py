@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -116,9 +115,8 @@ def _arguments(job: Job) -> tuple:
     length = job.partials.numel() // (job.partials.shape[0] * job.splits)
     bias_length = 1 if job.bias is None else job.bias.numel()
     bias = None if job.bias is None else job.bias.contiguous()
-    return (
-        job.partials, job.out, bias, job.splits, length, total, job.divisor, job.bias_run, bias_length,
-    )  # fmt: skip
+    sizes = (job.splits, length, total, job.divisor, job.bias_run, bias_length)
+    return job.partials, job.out, bias, *sizes
 
 
 def sum_splits(jobs: list[Job]) -> None:

@@ -1,0 +1,377 @@
+"""The whole module against its peers: fused, eager, torch.compile, each also as a CUDA graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from gpu_environment import l2_bytes
+from gpu_report import Estimate, Report, Section
+from sites import TRAINING, Case, Shape, normal
+from timing import (
+    Peer,
+    clock,
+    describe,
+    gigabytes_per_second,
+    graphed,
+    interleave,
+    peak_bytes,
+    relative_error,
+)
+from torch import Tensor, nn
+
+import bam_kernels
+from bam_kernels import reference
+
+OURS = ("fused", "fused_graphed")
+PLAIN_PEERS = ("eager", "compile", "compile_autotune")
+GRAPHED_PEERS = ("eager_graphed", "compile_graphed", "compile_autotune_graphed")
+COMPILE_MODES = {"compile": None, "compile_autotune": "max-autotune-no-cudagraphs"}
+
+# A fused result passes the spot check with an error under this, or under thrice eager's own.
+# float32 goes through TF32 where torch's settings let convolutions do so, as they do by default.
+ERROR_LIMITS = {"float16": 1e-2, "bfloat16": 5e-2, "float32": 5e-3, "float64": 1e-9}
+
+_SPOT_BATCH = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What every measurement shares.
+
+    Args:
+        device: to measure on.
+        copy_gbs: the large copy's bandwidth in 10^9 bytes a second, or None if it is not known.
+        rounds: times taken of each peer.
+        warmups: untimed runs before.
+        least_ms: a measurement lasts about this long.
+        compile_backend: torch.compile's.
+        dry: shapes are toys and estimates of time are not needed.
+    """
+
+    device: torch.device
+    copy_gbs: float | None
+    rounds: int
+    warmups: int
+    least_ms: float
+    compile_backend: str
+    dry: bool
+
+
+def build(case: Case, device: torch.device) -> tuple[reference.BAM, bam_kernels.BAM]:
+    """(plain, fused), with the same parameters and statistics, none of them at its default."""
+    options = {"preset": case.preset, "dtype": case.shape.torch_dtype}
+    plain = reference.BAM(case.shape.site.channels, **options)
+    with torch.no_grad():
+        for name, value in plain.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(0.5, 1.5)
+            elif value.is_floating_point():
+                value += 0.05 * torch.randn_like(value)
+    fused = bam_kernels.BAM(case.shape.site.channels, **options)
+    fused.load_state_dict(plain.state_dict())
+    training = case.mode == TRAINING
+    return plain.to(device).train(training), fused.to(device).train(training)
+
+
+def inputs(case: Case, device: torch.device) -> list[tuple[Tensor, Tensor | None]]:
+    """(x, dout) of every input set; dout is None in inference."""
+    found = []
+    for _ in range(case.shape.sets(l2_bytes(device))):
+        x = case.shape.random(device)
+        if case.mode == TRAINING:
+            found.append((x.requires_grad_(), case.shape.random(device)))
+        else:
+            found.append((x, None))
+    return found
+
+
+def steps(
+    forward: Callable[[Tensor], Tensor],
+    module: nn.Module,
+    sets: list[tuple[Tensor, Tensor | None]],
+    backend: str = "auto",
+) -> Callable[[], None]:
+    """A run: one inference or training step on every input set; gradients start and end at None."""
+    parameters = list(module.parameters())
+
+    def run() -> None:
+        with bam_kernels.use_backend(backend):
+            for x, dout in sets:
+                if dout is None:
+                    with torch.no_grad():
+                        forward(x)
+                    continue
+                forward(x).backward(dout)
+                x.grad = None
+                for parameter in parameters:
+                    parameter.grad = None
+
+    return run
+
+
+def compiled(
+    module: nn.Module, mode: str | None, backend: str = "inductor"
+) -> Callable[[Tensor], Tensor]:
+    """torch.compile of a module for one shape; raises rather than run uncompiled."""
+    return torch.compile(module, mode=mode, backend=backend, dynamic=False, fullgraph=True)
+
+
+def fair_autotuning() -> None:
+    """Let inductor choose its tiles anew in every process.
+
+    Its choice is a timing. The one that a cache-filling process makes, on a device shared with
+    others, must not become the one that is measured.
+    """
+    import torch._inductor.config
+
+    torch._inductor.config.autotune_local_cache = False
+
+
+def fill_compile_cache(case: Case, device_name: str, mode: str | None = None) -> None:
+    """Run the compiled peer of a case once: a task for `gpu_workers.Workers`."""
+    fair_autotuning()
+    device = torch.device(device_name)
+    torch._dynamo.reset()
+    plain, fused = build(case, device)
+    sets = inputs(case, device)[:1]
+    steps(compiled(plain, mode), plain, sets)()
+    steps(fused, fused, sets, "triton")()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def spot_check(case: Case, plain: nn.Module, fused: nn.Module) -> dict[str, Any]:
+    """Relative errors of fused and eager on fresh inputs at batch 2, against float64."""
+    site, dtype = case.shape.site, case.shape.torch_dtype
+    device = next(plain.parameters()).device
+    shape = dataclasses.replace(case.shape, batch=_SPOT_BATCH)
+    # Channel means that differ between samples: a batch norm over two nearly equal values would
+    # magnify rounding, and compare noise.
+    x = shape.random(device)
+    x += normal((_SPOT_BATCH, site.channels, 1, 1), dtype, device)
+    dout = shape.random(device)
+    exact = reference.BAM(site.channels, preset=case.preset, device=device, dtype=torch.float64)
+    exact.load_state_dict(plain.state_dict())
+    exact.train(plain.training)
+    expected = _result(exact, x.double(), dout.double(), case.mode)
+    limit = ERROR_LIMITS[case.shape.dtype]
+    found: dict[str, Any] = {"batch": _SPOT_BATCH, "limit": limit, "ok": True}
+    with bam_kernels.use_backend("triton"):
+        ours = _result(fused, x, dout, case.mode)
+    theirs = _result(plain, x, dout, case.mode)
+    for name, right in expected.items():
+        error, eager = relative_error(ours[name], right), relative_error(theirs[name], right)
+        found[name] = {"fused": error, "eager": eager}
+        found["ok"] &= error <= max(limit, 3 * eager)  # False for NaN
+    return found
+
+
+def _result(module: nn.Module, x: Tensor, dout: Tensor, mode: str) -> dict[str, Tensor]:
+    x = x.detach().clone(memory_format=torch.preserve_format)
+    if mode != TRAINING:
+        with torch.no_grad():
+            return {"out": module(x)}
+    # The statistics are put back: whoever is checked next starts from the same ones.
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    out = module(x.requires_grad_())
+    out.backward(dout)
+    dweight = module.spatial.reduce.weight.grad
+    found = {"out": out.detach(), "dx": x.grad, "dweight": dweight}
+    for parameter in module.parameters():
+        parameter.grad = None
+    for name, value in module.named_buffers():
+        value.copy_(before[name])
+    return found
+
+
+def measure_case(
+    case: Case, settings: Settings, expired: Callable[[], bool], compile_as: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Time every peer of a case, interleaved, and each one's peak memory for one step.
+
+    Args:
+        case: what to time.
+        settings: how.
+        expired: once true, the rounds end early.
+        compile_as: which of `COMPILE_MODES` stand among the peers.
+    """
+    device = settings.device
+    torch._dynamo.reset()  # its limit of compilations per function would count other cases' too
+    plain, fused = build(case, device)
+    sets = inputs(case, device)
+    runs = {
+        "fused": (fused, fused, "triton"),
+        "eager": (plain, plain, "auto"),
+    }
+    peers: dict[str, Peer] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name in compile_as:
+        begin = time.perf_counter()
+        try:
+            forward = compiled(plain, COMPILE_MODES[name], settings.compile_backend)
+            steps(forward, plain, sets[:1])()
+            synchronize(device)
+            runs[name] = (forward, plain, "auto")
+            found[name] = {"compile_s": round(time.perf_counter() - begin, 2)}
+        except Exception as error:
+            found[name] = describe(error)
+    graphs: dict[str, Peer] = {}
+    for name, (forward, module, backend) in runs.items():
+        run, single = (
+            steps(forward, module, sets, backend),
+            steps(forward, module, sets[:1], backend),
+        )
+        entry = found.setdefault(name, {})
+        try:
+            single()
+            entry["peak_bytes"] = peak_bytes(single, device)
+        except Exception as error:
+            entry.update(describe(error))
+            continue
+        peers[name] = Peer(run, len(sets))
+        if device.type == "cuda":
+            try:
+                graphs[f"{name}_graphed"] = Peer(graphed(run), len(sets))
+            except Exception as error:
+                found[f"{name}_graphed"] = describe(error)
+    peers.update(graphs)
+    times = interleave(
+        peers,
+        clock(device),
+        rounds=settings.rounds,
+        warmups=settings.warmups,
+        least_ms=settings.least_ms,
+        expired=expired,
+    )
+    for name, entry in times.items():
+        found.setdefault(name, {}).update(entry)
+    return {
+        "case": case.record(),
+        "input_sets": len(sets),
+        "moved_bytes": case.moved_bytes,
+        "peers": found,
+        **conclude(found, case.moved_bytes, settings.copy_gbs),
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, and raise what went wrong on it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def conclude(
+    found: Mapping[str, Mapping[str, Any]], moved_bytes: int, copy_gbs: float | None
+) -> dict[str, Any]:
+    """Ratios to the best peer, and our shares of the copy's bandwidth.
+
+    ``ratio_plain`` compares calls as Python makes them, ``ratio_graphed`` CUDA graphs with CUDA
+    graphs, and ``ratio_best`` the best of all with the best of ours; above 1, ours is faster.
+    """
+    ms = {name: entry["median_ms"] for name, entry in found.items() if "median_ms" in entry}
+
+    def ratio(ours: tuple[str, ...], peers: tuple[str, ...]) -> float | None:
+        mine = [ms[name] for name in ours if name in ms]
+        theirs = [ms[name] for name in peers if name in ms]
+        return min(theirs) / min(mine) if mine and theirs else None
+
+    return {
+        "ratio_plain": ratio(OURS[:1], PLAIN_PEERS),
+        "ratio_graphed": ratio(OURS[1:], GRAPHED_PEERS),
+        "ratio_best": ratio(OURS, PLAIN_PEERS + GRAPHED_PEERS),
+        "share_of_copy": {
+            name: gigabytes_per_second(moved_bytes, ms[name]) / copy_gbs
+            for name in OURS
+            if name in ms and copy_gbs
+        },
+    }
+
+
+class CaseTable:
+    """The report's table of cases, in passes that refine one another.
+
+    Args:
+        report: keeps the entries under "cases".
+        settings: of every measurement.
+    """
+
+    def __init__(self, report: Report, settings: Settings) -> None:
+        self.report = report
+        self.settings = settings
+        self.entries: dict[Case, dict[str, Any]] = {}
+        report.data["cases"] = []
+
+    def run(self, cases: list[Case], section: Section, compile_as: tuple[str, ...] = ()) -> None:
+        """Measure the cases that the section's time allows, the first first."""
+        estimates: dict[str, Estimate] = {}
+        first = (25.0 * len(compile_as) if compile_as else 8.0) if not self.settings.dry else 1.0
+        what = "+".join(("fused", "eager", *compile_as))
+        for case in cases:
+            estimate = estimates.setdefault(case.mode, Estimate(first))
+            if not section.allows(estimate.next(), f"{case}: {what}"):
+                continue
+            begin = time.monotonic()
+            self._measure(case, section, compile_as)
+            estimate.add(time.monotonic() - begin)
+            self.report.save()
+
+    def _measure(self, case: Case, section: Section, compile_as: tuple[str, ...]) -> None:
+        before = self.entries.get(case)
+        try:
+            entry = measure_case(case, self.settings, section.expired, compile_as)
+        except Exception as error:
+            entry = {"case": case.record(), **describe(error)}
+        finally:
+            release(self.settings.device)
+        if before is not None:
+            if "peers" not in entry:  # the earlier times are worth more than this error
+                before["later_error"] = entry["error"]
+                return
+            # The same versions in an earlier pass: the spread between the two is the noise.
+            entry["earlier_median_ms"] = {
+                name: peer["median_ms"]
+                for name, peer in before.get("peers", {}).items()
+                if "median_ms" in peer
+            }
+        entry["spot_check"] = before["spot_check"] if before else self._spot_check(case)
+        self.entries[case] = entry
+        self.report.data["cases"] = list(self.entries.values())
+
+    def _spot_check(self, case: Case) -> dict[str, Any]:
+        # It does not depend on the batch that is timed: one check serves every batch.
+        alike = dataclasses.replace(case, shape=dataclasses.replace(case.shape, batch=_SPOT_BATCH))
+        return dict(_cached_spot_check(alike, self.settings.device))
+
+    def failed_checks(self) -> list[str]:
+        """The cases whose spot check failed or could not run."""
+        return [str(case) for case, entry in self.entries.items() if not entry["spot_check"]["ok"]]
+
+
+@functools.cache
+def _cached_spot_check(case: Case, device: torch.device) -> dict[str, Any]:
+    try:
+        return spot_check(case, *build(case, device))
+    except Exception as error:
+        return {"ok": False, **describe(error)}
+    finally:
+        release(device)
+
+
+def release(device: torch.device) -> None:
+    """Hand cached memory back, so that each measurement starts alike."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def copy_shapes(shapes: list[Shape]) -> Iterator[Shape]:
+    """One shape for every size in bytes among the shapes."""
+    seen: set[int] = set()
+    for shape in shapes:
+        if shape.x_bytes not in seen:
+            seen.add(shape.x_bytes)
+            yield shape

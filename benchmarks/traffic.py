@@ -1,0 +1,125 @@
+"""Count what BAM moves and launches, fused and eager, without a GPU; write JSON and a table.
+
+    python benchmarks/traffic.py [--output benchmarks/results/traffic.json]
+
+Triton's interpreter runs the kernels and `bam_kernels.testing.traffic` counts their bytes. These
+are counts, not times: exact, and the same on every machine with the same versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import bam_kernels  # noqa: E402
+from bam_kernels.backends.triton import configs  # noqa: E402
+from bam_kernels.testing.traffic import measure  # noqa: E402
+
+SHAPE = (2, 256, 28, 28)
+# The passes over x do not depend on the tiles; the interpreter's time does.
+TILE = configs.Tile(128, 256, 4, 1)
+
+
+def count(kind: str, preset: str, fmt: torch.memory_format) -> dict[str, object]:
+    """One training step and one inference: x-sized passes, launches, bytes kept for backward."""
+    package = bam_kernels if kind == "fused" else bam_kernels.reference
+    module = package.BAM(SHAPE[1], preset=preset)
+    x = torch.randn(SHAPE).contiguous(memory_format=fmt).requires_grad_()
+    dout = torch.randn_like(x)
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters | {x.untyped_storage().data_ptr()}:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with (
+        measure(strict=True) as forward,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
+        out = module(x)
+    with measure(strict=True) as backward:
+        out.backward(dout)
+    module.eval()
+    with torch.no_grad(), measure(strict=True) as inference:
+        module(x)
+    meters = {"forward": forward, "backward": backward, "inference": inference}
+    return {
+        "module": kind,
+        "preset": preset,
+        "layout": "channels_last" if fmt is torch.channels_last else "nchw",
+        "passes": {name: round(meter.passes(x), 3) for name, meter in meters.items()},
+        "launches": {name: meter.device_launches for name, meter in meters.items()},
+        "kept_for_backward": round(sum(kept.values()) / x.untyped_storage().nbytes(), 3),
+        "outside_bytes": sum(meter.outside_bytes for meter in meters.values()),
+    }
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as the README's table."""
+    lines = [
+        "| module | preset | layout | passes forward | backward | inference "
+        "| launches forward | backward | inference | kept for backward |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        passes, launches = row["passes"], row["launches"]
+        lines.append(
+            f"| {row['module']} | {row['preset']} | {row['layout']} "
+            f"| {passes['forward']:.1f} | {passes['backward']:.1f} | {passes['inference']:.1f} "
+            f"| {launches['forward']} | {launches['backward']} | {launches['inference']} "
+            f"| {row['kept_for_backward']:.2f} x |"
+        )
+    return "\n".join(lines)
+
+
+def commit() -> str:
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    return run.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/traffic.json")
+    args = parser.parse_args()
+    import triton
+
+    torch.manual_seed(0)
+    rows = []
+    with configs.override(**dict.fromkeys(configs.KERNELS, TILE)):
+        for preset in ("paper", "official"):
+            for fmt in (torch.contiguous_format, torch.channels_last):
+                rows += [count(kind, preset, fmt) for kind in ("fused", "eager")]
+    result = {
+        "what": "counts under Triton's interpreter, float32; no times",
+        "shape": SHAPE,
+        "machine": f"{platform.system()} {platform.machine()}, no GPU",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit(),
+        "rows": rows,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

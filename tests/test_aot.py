@@ -1,0 +1,90 @@
+"""The shipped launch tables, compiled for real GPUs without one: no spills, wide access to x.
+
+Each launcher runs on meta tensors in a process where nothing is interpreted; the compiler's own
+figures come back. What needs a GPU to be known, the speed, is not here.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from bam_kernels.testing import aot
+
+pytestmark = pytest.mark.skipif(
+    aot.is_available(in_subprocess=True) is not None,
+    reason=str(aot.is_available(in_subprocess=True)),
+)
+
+# ResNet-50's sites: [C, H = W, C // 16].
+SITES = ((256, 56, 16), (512, 28, 32), (1024, 14, 64))
+
+CODE = """
+import torch
+from bam_kernels.backends import triton as backend
+from bam_kernels.testing.aot import compile_only
+
+dtype = torch.{dtype}
+torch.backends.cudnn.allow_tf32 = {tf32}
+with compile_only("{target}") as reports:
+    for c, side, h in {sites}:
+        for fmt in (torch.contiguous_format, torch.channels_last):
+            def empty(*shape):
+                return torch.empty(shape, dtype=dtype, device="meta")
+            x = empty(32, c, side, side).contiguous(memory_format=fmt)
+            dreduced = empty(32, h, side, side).contiguous(memory_format=fmt)
+            channel, spatial, pooled = empty(32, c), empty(32, 1, side, side), empty(32, c)
+            weight, weight1, bias, bias1 = empty(h, c), empty(c, h), empty(h), empty(c)
+            backend.gate_forward(x, channel, spatial, "sum", True)
+            backend.pool_reduce_forward(x, weight, bias, True)
+            backend.gate_backward_reduce(x, x, channel, spatial, "sum")
+            backend.input_gradient(
+                x, x, channel, spatial, pooled, dreduced, weight, "sum", True, True, True, True
+            )
+        for train in (False, True):
+            hidden, final = [empty(h) for _ in range(4)], [empty(c) for _ in range(4)]
+            absent = [None] * 4
+            layers = (pooled, weight, bias, weight1, bias1)
+            none, batch = (False, False, 1e-5), (True, train, 1e-5)
+            backend.channel_mlp_forward(*layers, *absent, *final, *none, *batch)
+            backend.channel_mlp_forward(*layers, *hidden, *absent, *batch, *none)
+"""
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize(
+    "dtype,tf32", (("float16", True), ("bfloat16", True), ("float32", True), ("float32", False))
+)
+def test_shipped_tables(dtype, tf32, target):
+    sites = SITES[:1] if dtype == "bfloat16" else SITES
+    code = CODE.format(dtype=dtype, tf32=tf32, target=target, sites=sites)
+    reports = aot.reports_in_subprocess(code, timeout=600)
+    assert {r.name for r in reports} == {
+        "_channel_mlp_kernel",
+        "_gate_backward_reduce_kernel",
+        "_gate_forward_kernel",
+        "_input_gradient_kernel",
+        "_pool_reduce_kernel",
+        "_sum_splits_kernel",
+    }
+    for report in reports:
+        text = aot.format_table([report])
+        assert report.spill_bytes == 0, text
+        assert report.fits_shared, text
+        if "x" not in report.accesses or report.name == "_sum_splits_kernel":
+            continue
+        # 196 = 14 * 14 positions are a multiple of 4 only: 64 bits in half precision there.
+        nchw = not report.constants["CHANNELS_LAST"]
+        narrow = nchw and report.constants["ALIGN"] == 4 and "float32" not in dtype
+        for name in ("x", "dout"):
+            if name in report.accesses:
+                assert report.accesses[name].load_bits == {64 if narrow else 128}, text
+        for name in ("out", "dx"):
+            if name in report.accesses:
+                assert report.accesses[name].store_bits == {64 if narrow else 128}, text
+
+
+def test_double_precision_compiles_without_spills():
+    code = CODE.format(dtype="float64", tf32=True, target="sm_90", sites=SITES[:1])
+    reports = aot.reports_in_subprocess(code, timeout=600)
+    assert len(reports) >= 12
+    assert [r for r in reports if r.spill_bytes] == []
