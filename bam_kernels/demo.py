@@ -153,8 +153,7 @@ def _check(options: Options) -> torch.device:
     for package in ("torchvision", "matplotlib", "PIL"):
         if importlib.util.find_spec(package) is None:
             raise DemoError(f"{package} is not installed; pip install 'bam_kernels[demo]'")
-    # A batch norm over two values puts out -1 and 1; of its gradient only the rounding remains.
-    for name, least in (("size", 32), ("batch", 3)):
+    for name, least in (("size", 32), ("batch", 2)):
         if getattr(options, name) < least:
             raise DemoError(f"--{name}: expected at least {least}, got {getattr(options, name)}")
     if options.output.exists() and not options.output.is_dir():

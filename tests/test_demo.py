@@ -134,7 +134,7 @@ def test_an_unreadable_image_is_one_line_and_writes_nothing(broken, tmp_path, ca
     ("arguments", "message"),
     [
         (["--size=16"], "--size: expected at least 32, got 16"),
-        (["--batch=2"], "--batch: expected at least 3, got 2"),
+        (["--batch=1"], "--batch: expected at least 2, got 1"),
         (["--device=abacus"], "--device: expected auto, cpu, cuda or xpu, got 'abacus'"),
         (["--device=cuda:99"], "--device: PyTorch finds"),
         (["--device=meta"], "Triton does not run on 'meta' devices"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 # more exact one; where the module amplifies rounding (a batch norm over few values does) it
 # amplifies that of both. Hence a bar of FACTOR times PyTorch's own float32 error, and under it a
 # floor for where that error happens to come out small.
-FACTOR = 5.0
+FACTOR = 3.0
 OUTPUT_FLOOR = 2e-6
 # Rounding shows in gradients by 1e-6 to 6e-5, most in the channel MLP, behind a batch norm over N
 # values; what a kernel does wrong shows at 1e-3 and more.

@@ -173,7 +173,7 @@ def channel_mlp_forward(
     ]
     stats = [torch.empty(c if norm and batch_stats else 0, **made) for _ in range(2)]
     block_n, block_h, num_warps = configs.channel_mlp_blocks(
-        n, hidden, (hidden_norm and hidden_batch_stats) or (norm and batch_stats)
+        n, hidden, (hidden_norm and hidden_batch_stats) or (norm and batch_stats), logits.itemsize
     )
     block_c = configs.CHANNEL_MLP_BLOCK_C
     channel_blocks = triton.cdiv(c, block_c)

@@ -97,7 +97,9 @@ def block_hidden(kernel: str, dtype: torch.dtype, hidden: int) -> int:
     return min(max(next_power_of_2(hidden), _LEAST), most)
 
 
-def channel_mlp_blocks(samples: int, hidden: int, batch_stats: bool) -> tuple[int, int, int]:
+def channel_mlp_blocks(
+    samples: int, hidden: int, batch_stats: bool, itemsize: int
+) -> tuple[int, int, int]:
     """(BLOCK_N, BLOCK_H, num_warps) of the channel MLP: the whole batch where it takes statistics.
 
     The block of activations lives in registers. `bam_kernels.functional` leaves to torch what would
@@ -107,7 +109,7 @@ def channel_mlp_blocks(samples: int, hidden: int, batch_stats: bool) -> tuple[in
     block_h = max(next_power_of_2(hidden), _LEAST)
     if block_h > 64:
         return block_n, block_h, 16
-    return block_n, block_h, 8 if block_n * block_h >= 4096 else 4
+    return block_n, block_h, 8 if itemsize == 8 or block_n * block_h >= 4096 else 4
 
 
 def split_channels(blocks: int, other_programs: int) -> int:
@@ -155,16 +157,19 @@ def _pool_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str
     if itemsize == 4:
         # Dots without tensor cores (ieee) keep both operands in registers.
         return Tile(32, 32 if precision == "ieee" and hidden > 32 else 64, 8, 1)
-    # The long side along the dense axis; in channels_last 64x128 spills on sm_90.
-    return Tile(128, 64, 8, 2) if channels_last else Tile(64, 128, 8 if hidden > 32 else 4, 2)
+    if channels_last:  # two stages spill, on sm_90 at 64x128 and on sm_120 at 128x64
+        return Tile(128, 64, 8, 1)
+    return Tile(64, 128, 8 if hidden > 32 else 4, 2)
 
 
 def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
     # Live at once: W0's block, dW0's accumulator (block_hidden x block_c), dout, x and dx. More
     # warps share them, or a narrower block of channels, where fewer would spill.
     if itemsize == 8:
-        return Tile(16, 32, 8, 1)
+        return Tile(16, 16, 4, 1)
     if itemsize == 4:
+        if precision == "ieee" and hidden > 32 and not channels_last:
+            return Tile(16, 128, 16, 1)  # 32x64 spills with the oldest Triton
         return Tile(32, 64, 16, 1)
     if hidden > 32:
         return Tile(32, 64, 8, 2)

@@ -188,7 +188,8 @@ def input_gradient(
         maps.append(dout)
     w = walk(x, *maps)
     hidden = 0 if dreduced is None else dreduced.shape[1]
-    t = configs.tile("input_gradient", x.dtype, w.c, w.p, hidden, w.channels_last)
+    precision = conv_precision(x.dtype)
+    t = configs.tile("input_gradient", x.dtype, w.c, w.p, hidden, w.channels_last, precision)
     block_h = configs.block_hidden("input_gradient", x.dtype, hidden)
     hidden_blocks = max(1, triton.cdiv(hidden, block_h))
     position_tiles, channel_blocks = triton.cdiv(w.p, t.block_p), triton.cdiv(w.c, t.block_c)
@@ -231,7 +232,7 @@ def input_gradient(
             CHANNELS_LAST=w.channels_last,
             COMBINE=combine,
             RESIDUAL=residual,
-            PRECISION=conv_precision(x.dtype),
+            PRECISION=precision,
             ACC=accumulator(x.dtype),
             BLOCK_C=t.block_c,
             BLOCK_P=t.block_p,
