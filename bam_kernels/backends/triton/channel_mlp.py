@@ -172,10 +172,9 @@ def channel_mlp_forward(
         torch.empty(hidden if hidden_norm and hidden_batch_stats else 0, **made) for _ in range(2)
     ]
     stats = [torch.empty(c if norm and batch_stats else 0, **made) for _ in range(2)]
-    block_n, block_h, num_warps = configs.channel_mlp_blocks(
+    block_n, block_c, block_h, num_warps = configs.channel_mlp_blocks(
         n, hidden, (hidden_norm and hidden_batch_stats) or (norm and batch_stats), logits.itemsize
     )
-    block_c = configs.CHANNEL_MLP_BLOCK_C
     channel_blocks = triton.cdiv(c, block_c)
     with device_guard(pooled):
         _channel_mlp_kernel[(triton.cdiv(n, block_n) * channel_blocks,)](

@@ -21,10 +21,6 @@ TARGET_PROGRAMS = 264
 # tl.dot wants at least 16 along each reduced axis for 16-bit operands (8 for fp32, 4 for fp64).
 _LEAST = 16
 
-# Channels of the logits that a program of the channel MLP owns, and of its input that it takes at
-# a time: 32 gives 8 to 32 programs at C of 256 to 1024.
-CHANNEL_MLP_BLOCK_C = 32
-
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -99,17 +95,18 @@ def block_hidden(kernel: str, dtype: torch.dtype, hidden: int) -> int:
 
 def channel_mlp_blocks(
     samples: int, hidden: int, batch_stats: bool, itemsize: int
-) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_H, num_warps) of the channel MLP: the whole batch where it takes statistics.
+) -> tuple[int, int, int, int]:
+    """(BLOCK_N, BLOCK_C, BLOCK_H, num_warps) of the channel MLP, whose accumulator has `itemsize`.
 
-    The block of activations lives in registers. `bam_kernels.functional` leaves to torch what would
-    spill: more than 8192 elements, or more than 4096 where BLOCK_H is above 64.
+    BLOCK_N is the whole batch where it takes statistics. BLOCK_C, the channels of the logits that a
+    program owns and of its input that it takes at a time, gives 8 to 32 programs at C of 256 to
+    1024; fp64 spills at 32. The activations live in registers: `bam_kernels.functional` leaves to
+    torch more than 8192 of them, or more than 4096 where BLOCK_H is above 64.
     """
     block_n = max(next_power_of_2(samples), _LEAST) if batch_stats else _LEAST
     block_h = max(next_power_of_2(hidden), _LEAST)
-    if block_h > 64:
-        return block_n, block_h, 16
-    return block_n, block_h, 8 if itemsize == 8 or block_n * block_h >= 4096 else 4
+    num_warps = 16 if block_h > 64 else 8 if block_n * block_h >= 4096 else 4
+    return block_n, 16 if itemsize == 8 else 32, block_h, num_warps
 
 
 def split_channels(blocks: int, other_programs: int) -> int:
@@ -168,8 +165,11 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
     if itemsize == 8:
         return Tile(16, 16, 4, 1)
     if itemsize == 4:
-        if precision == "ieee" and hidden > 32 and not channels_last:
-            return Tile(16, 128, 16, 1)  # 32x64 spills with the oldest Triton
+        if precision == "ieee" and hidden > 16:  # 32x64 spills with the oldest Triton in two cases
+            if channels_last and hidden <= 32:
+                return Tile(32, 32, 4, 1)
+            if hidden > 32 and not channels_last:
+                return Tile(16, 128, 16, 1)
         return Tile(32, 64, 16, 1)
     if hidden > 32:
         return Tile(32, 64, 8, 2)
