@@ -39,7 +39,6 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as torchvision's w
 _REPEATS = 20  # of a timed step on a device; the interpreter's is timed once
 # Triton's interpreter takes its time for a tile, not for an element: few and large ones.
 _INTERPRETER_TILE = {"block_c": 512, "block_p": 2048, "num_warps": 4, "num_stages": 1}
-_INTERPRETER_MLP_BLOCK_C = 256
 
 Step = Callable[[str], None]
 """Called with what is about to be done."""
@@ -203,10 +202,7 @@ def _settings(device: torch.device, interpreted: bool) -> Iterator[None]:
             from bam_kernels.backends.triton import configs
 
             tile = configs.Tile(**_INTERPRETER_TILE)
-            names = ("pool_reduce", "gate", "gate_backward_reduce", "input_gradient")
-            stack.enter_context(configs.override(**dict.fromkeys(names, tile)))
-            stack.callback(setattr, configs, "CHANNEL_MLP_BLOCK_C", configs.CHANNEL_MLP_BLOCK_C)
-            configs.CHANNEL_MLP_BLOCK_C = _INTERPRETER_MLP_BLOCK_C
+            stack.enter_context(configs.override(**dict.fromkeys(configs.KERNELS, tile)))
         yield
 
 

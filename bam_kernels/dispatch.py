@@ -77,7 +77,6 @@ def requested_backend() -> str:
 _process_backend = env.backend()
 
 
-@torch.compiler.assume_constant_result
 def why_not(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run on tensors of this device type; None if it can."""
     if backend == "reference":
@@ -103,6 +102,11 @@ def why_not(backend: str, device_type: str) -> str | None:
             )
         return None
     return f"Triton does not run on {device_type!r} devices; use 'reference'"
+
+
+# What torch.compiler.assume_constant_result does; calling that here would import Dynamo and, with
+# it, Triton, which reads TRITON_INTERPRET once and for all when it is imported.
+why_not._dynamo_marked_constant = True
 
 
 @functools.cache

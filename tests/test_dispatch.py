@@ -51,6 +51,18 @@ def test_import_needs_torch_alone():
     assert "runs on 'reference'" in run.stdout
 
 
+def test_import_leaves_triton_alone():
+    """TRITON_INTERPRET may still be set after the import, and an import is quick."""
+    run = python("""
+        import os, sys, torch, bam_kernels
+        assert not {"triton", "torch._dynamo"} & set(sys.modules), "imported"
+        os.environ["TRITON_INTERPRET"] = "1"
+        print(bam_kernels.explain(bam_kernels.BAM(32), torch.randn(2, 32, 5, 7)))
+    """)
+    assert run.returncode == 0, run.stderr
+    assert "runs on 'triton'" in run.stdout
+
+
 def test_a_cpu_without_interpreter_takes_plain_pytorch_and_says_so_once():
     run = python("""
         import logging, torch, bam_kernels

@@ -106,7 +106,10 @@ def channel_mlp_blocks(
     block_n = max(next_power_of_2(samples), _LEAST) if batch_stats else _LEAST
     block_h = max(next_power_of_2(hidden), _LEAST)
     num_warps = 16 if block_h > 64 else 8 if block_n * block_h >= 4096 else 4
-    return block_n, 16 if itemsize == 8 else 32, block_h, num_warps
+    block_c = 16 if itemsize == 8 else 32
+    if entry := _overrides.get("channel_mlp"):
+        block_c, num_warps = entry.block_c, entry.num_warps
+    return block_n, block_c, block_h, num_warps
 
 
 def split_channels(blocks: int, other_programs: int) -> int:
@@ -183,5 +186,5 @@ _TABLES = {
     "pool_reduce": _pool_reduce,
 }
 
-KERNELS = tuple(_TABLES)
-"""The kernels that have a table."""
+KERNELS = (*_TABLES, "channel_mlp")
+"""The kernels whose launch `override` can set; the channel MLP has no positions, so no block_p."""
