@@ -253,10 +253,10 @@ def test_parity_falls_back_on_the_log(tmp_path, xml):
 def test_parity_cut_short_still_tells_what_it_saw(tmp_path):
     tests = tmp_path / "test_slow.py"
     tests.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(300)\n")
-    found = gpu_parity.run_parity([str(tests)], tmp_path / "run", 20.0, 1, on_gpu=False)
+    found = gpu_parity.run_parity([str(tests)], tmp_path / "run", 45.0, 1, on_gpu=False)
     assert not found["complete"] and not found["ok"]
     assert found["passed"] == 1
-    assert found["seconds"] < 60
+    assert found["seconds"] < 100
 
 
 # --- workers ----------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_half_types(dtype, preset, train, device, seed):
 
 
 @pytest.mark.parametrize(
-    "shape", ((32, 16, 1, 1), (6, 37, 7, 7), (4, 256, 14, 14), (2, 64, 28, 28)), ids=name
+    "shape", ((64, 64, 1, 1), (6, 37, 7, 7), (4, 256, 14, 14), (2, 64, 28, 28)), ids=name
 )
 @pytest.mark.parametrize("preset", PRESETS)
 def test_shapes(preset, shape, device, seed):
