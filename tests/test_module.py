@@ -86,7 +86,7 @@ def compare(make, shape, dtype, device, layout="nchw", train=True, draws=1):
             if b.numel() == 1 and train and dtype != torch.float64:
                 continue
             errors.add(key, found[key], b, peer[key], together=key in scales and key != "dx")
-    errors.check()
+    errors.check(peers=draws >= 5)
 
 
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
@@ -114,7 +114,7 @@ def test_half_types(dtype, preset, train, device, seed):
 def test_shapes(preset, shape, device, seed):
     for dtype in (torch.float64, torch.float32):
         make = lambda: BAM(shape[1], preset=preset, device=device, dtype=dtype)  # noqa: B023, E731
-        compare(make, shape, dtype, device, train=False, draws=1 if dtype == torch.float64 else 3)
+        compare(make, shape, dtype, device, train=False)
     make = lambda: BAM(shape[1], preset=preset, device=device, dtype=torch.float64)  # noqa: E731
     compare(make, shape, torch.float64, device, train=True)
 
@@ -152,7 +152,7 @@ def test_options(options, device, seed):
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=name)
 def test_squeeze_excite(dtype, device, seed):
     make = lambda: SqueezeExcite(40, 8, device=device, dtype=dtype)  # noqa: E731
-    compare(make, (5, 40, 6, 7), dtype, device, draws=1 if dtype == torch.float64 else 4)
+    compare(make, (5, 40, 6, 7), dtype, device, draws=1 if dtype == torch.float64 else 5)
 
 
 def test_the_reference_is_the_equations(seed):
