@@ -91,7 +91,7 @@ class Errors:
         entries.append((error, own, ours.dtype))
 
     def check(self, peers: bool = True) -> None:
-        """The means over the draws, once all are in; beside eager's where there are enough draws."""
+        """The means over the draws; with `peers` also beside eager, which takes several draws."""
         for name, entries in self._single.items():
             dtype = entries[0][2]
             ours, eager = ((sum(e[i] ** 2 for e in entries) / len(entries)) ** 0.5 for i in (0, 1))
