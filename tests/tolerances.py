@@ -36,9 +36,7 @@ def rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def assert_parity(
-    name: str, ours: Tensor, truth: Tensor, eager: Tensor | None = None, factor: float = 1.0
-) -> None:
+def assert_parity(name: str, ours: Tensor, truth: Tensor, eager: Tensor | None = None) -> None:
     """Ours is within the table's tolerance of the truth, and near the eager error where given.
 
     Args:
@@ -47,10 +45,9 @@ def assert_parity(
         truth: the float64 result.
         eager: the plain PyTorch result in ours' dtype; in float64 it is the truth itself. One
             correct rounding is always allowed: eager may hit the truth by luck.
-        factor: of the table's tolerance.
     """
     error = relative_error(ours, truth)
-    bound = PARITY[ours.dtype] * factor
+    bound = PARITY[ours.dtype]
     assert error <= bound, (
         f"{name}: relative error {error:.2e} against float64, at most {bound:.0e}"
     )
