@@ -64,7 +64,8 @@ def explain(module: BAM | SqueezeExcite, x: Tensor) -> Explanation:
             backend = "reference"
         elif channel is not None:
             part = functional.unfusable_mlp(channel, x.shape[0])
-            notes += [] if part is None else [part]
+            notes += [] if part is None else [f"the channel MLP runs as PyTorch's own: {part}"]
         if spatial is not None and whole is None:
-            notes.append("the convolutions behind the reduction run as PyTorch's own operators")
+            part = functional.unfusable_spatial(spatial)
+            notes += [] if part is None else [f"the spatial branch runs as PyTorch's own: {part}"]
     return Explanation(backend, requested, reasons, tuple(notes))

@@ -5,10 +5,13 @@ Every check of an argument stands here, before any kernel starts.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from bam_kernels import ops, reference  # noqa: F401 - importing ops registers the operators
+from bam_kernels.backends.reference import split_statistics
 from bam_kernels.config import check_combine
 from bam_kernels.dispatch import DTYPES, choose_backend, log_once
 from bam_kernels.reference import ChannelBranch, SpatialBranch
@@ -134,8 +137,10 @@ def bam(
     pooled, reduced, *links = torch.ops.bam_kernels.pool_reduce_linked(
         x, weight, bias, channel is not None, combine, residual
     )
-    c = None if channel is None else _channel_logits(pooled, channel)
-    s = None if spatial is None else spatial.from_reduced(reduced)
+    taken: list[_Taken] = []
+    c = None if channel is None else _channel_logits(pooled, channel, taken)
+    s = None if spatial is None else _spatial_logits(reduced, spatial, taken)
+    _update_running(taken)
     if observer is not None:
         observer(c, s)
     return torch.ops.bam_kernels.gate_linked(x, c, s, *links, combine, residual)
@@ -156,15 +161,28 @@ def _plain(
     return reference.gate(x, c, s, combine, residual).to(x.dtype)
 
 
-def _channel_logits(pooled: Tensor, branch: ChannelBranch) -> Tensor:
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """Batch statistics that a batch norm took in this forward: [h] each, of n values a channel."""
+
+    norm: nn.modules.batchnorm._BatchNorm
+    mean: Tensor
+    variance: Tensor  # biased
+    n: int
+
+
+def _channel_logits(pooled: Tensor, branch: ChannelBranch, taken: list[_Taken]) -> Tensor:
     """Mc from the pooled vector: fused where the MLP has the paper's one hidden layer."""
-    if unfusable_mlp(branch, pooled.shape[0]) is not None:
+    samples = pooled.shape[0]
+    reason = unfusable_mlp(branch, samples)
+    if reason is not None:
+        log_once(f"the channel MLP runs as PyTorch's own operators: {reason}")
         return branch.from_pooled(pooled)
     fc0, fc1 = branch.fc[0], branch.fc[1]
     hidden_norm = None if branch.hidden_norm is None else branch.hidden_norm[0]
     norm = branch.norm
     hidden_stats, stats = _uses_batch_stats(hidden_norm), _uses_batch_stats(norm)
-    logits, hidden_mean, hidden_var, mean, var = torch.ops.bam_kernels.channel_mlp(
+    logits, _, hidden_mean, hidden_var, mean, var = torch.ops.bam_kernels.channel_mlp(
         pooled,
         fc0.weight,
         fc0.bias,
@@ -180,9 +198,47 @@ def _channel_logits(pooled: Tensor, branch: ChannelBranch) -> Tensor:
         1e-5 if norm is None else norm.eps,
     )
     if hidden_stats:
-        _update_running(hidden_norm, hidden_mean, hidden_var)
+        taken.append(_Taken(hidden_norm, hidden_mean, hidden_var, samples))
     if stats:
-        _update_running(norm, mean, var)
+        taken.append(_Taken(norm, mean, var, samples))
+    return logits
+
+
+def _spatial_logits(reduced: Tensor, branch: SpatialBranch, taken: list[_Taken]) -> Tensor:
+    """Ms from the reduction."""
+    reason = unfusable_spatial(branch)
+    if reason is not None:
+        log_once(f"the spatial branch runs as PyTorch's own operators: {reason}")
+        return branch.from_reduced(reduced)
+    n, hidden, h, w = reduced.shape
+    convs = list(branch.dilated)
+    norms = [] if branch.hidden_norm is None else list(branch.hidden_norm)
+    norms += [] if branch.norm is None else [branch.norm]
+    batch_stats = [_uses_batch_stats(norm) for norm in norms]
+    known = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
+    affine = bool(norms) and norms[0].weight is not None
+    logits, statistics = torch.ops.bam_kernels.spatial_branch(
+        reduced,
+        [conv.weight for conv in convs],
+        [conv.bias for conv in convs] if convs and convs[0].bias is not None else [],
+        branch.project.weight.flatten(),
+        branch.project.bias,
+        [norm.weight for norm in norms] if affine else [],
+        [norm.bias for norm in norms] if affine else [],
+        [norm.running_mean for norm in known],
+        [norm.running_var for norm in known],
+        branch.hidden_norm is not None,
+        branch.norm is not None,
+        batch_stats,
+        [norm.eps for norm in norms],
+        convs[0].dilation[0] if convs else 1,
+    )
+    if any(batch_stats):
+        rows = split_statistics(statistics, hidden, len(convs), branch.hidden_norm is not None)
+        rows = [row for row in rows if row is not None and row.numel()]
+        for norm, batch, row in zip(norms, batch_stats, rows, strict=True):
+            if batch:
+                taken.append(_Taken(norm, row[0], row[1], n * h * w))
     return logits
 
 
@@ -202,17 +258,26 @@ def _uses_batch_stats(norm: nn.Module | None) -> bool:
 
 
 @torch.no_grad()
-def _update_running(norm: nn.BatchNorm1d, mean: Tensor, unbiased_var: Tensor) -> None:
-    """What a training forward of `nn.BatchNorm1d` does to its buffers."""
-    if not norm.training or not norm.track_running_stats or norm.running_mean is None:
+def _update_running(taken: list[_Taken]) -> None:
+    """What a training forward of `nn.BatchNorm1d` and `nn.BatchNorm2d` does to their buffers."""
+    kept = [
+        each
+        for each in taken
+        if each.norm.training
+        and each.norm.track_running_stats
+        and each.norm.running_mean is not None
+    ]
+    if not kept:
         return
-    norm.num_batches_tracked.add_(1)
-    momentum = norm.momentum
-    if momentum is None:  # a cumulative average
-        momentum = 1.0 / float(norm.num_batches_tracked)
-    running = [norm.running_mean, norm.running_var]
-    batch = [mean.to(running[0].dtype), unbiased_var.to(running[1].dtype)]
-    torch._foreach_lerp_(running, batch, momentum)
+    torch.ops.bam_kernels.update_running(
+        [each.norm.running_mean for each in kept],
+        [each.norm.running_var for each in kept],
+        [each.norm.num_batches_tracked for each in kept],
+        [each.mean for each in kept],
+        [each.variance for each in kept],
+        [each.n / (each.n - 1) for each in kept],
+        [-1.0 if each.norm.momentum is None else each.norm.momentum for each in kept],
+    )
 
 
 def unfusable(channel: ChannelBranch | None, spatial: SpatialBranch | None) -> str | None:
@@ -246,6 +311,40 @@ def unfusable_mlp(branch: ChannelBranch, samples: int) -> str | None:
         batch = _next_power_of_2(samples)
     if batch * hidden > (_MLP_REGISTERS if hidden <= 64 else _WIDE_MLP_REGISTERS):
         return f"a batch of {samples} with {hidden} hidden units outgrows one program's registers"
+    return None
+
+
+_MOST_HIDDEN = 128  # the spatial kernels hold all hidden channels of a tile
+
+
+def unfusable_spatial(branch: SpatialBranch) -> str | None:
+    """Why what follows the reduction runs as PyTorch's own operators; None if it is fused."""
+    convs = list(branch.dilated)
+    norms = [] if branch.hidden_norm is None else list(branch.hidden_norm)
+    norms += [] if branch.norm is None else [branch.norm]
+    hidden = branch.reduce.out_channels
+    if hidden > _MOST_HIDDEN:
+        return f"it is {hidden} channels wide inside; the kernels take {_MOST_HIDDEN} at most"
+    for module in (*convs, branch.project, *norms):
+        if type(module) not in (nn.Conv2d, nn.BatchNorm2d):
+            return f"it holds a {type(module).__name__}"
+        if _has_hooks(module):
+            return "one of its layers has hooks, which the kernels would not call"
+    for i, conv in enumerate(convs):
+        d = convs[0].dilation[0]
+        expected = ((hidden, hidden, 3, 3), (1, 1), (d, d), (d, d), "zeros")
+        found = (tuple(conv.weight.shape), conv.stride, conv.dilation, conv.padding)
+        if (*found, conv.padding_mode) != expected:
+            return f"dilated.{i} is not a 3x3 convolution of {hidden} channels that keeps the size"
+        if (conv.bias is None) != (convs[0].bias is None):
+            return "some of its dilated convolutions have a bias and some have none"
+    project = branch.project
+    if tuple(project.weight.shape) != (1, hidden, 1, 1) or project.stride != (1, 1):
+        return "project is not a 1x1 convolution to one channel"
+    if project.padding != (0, 0):
+        return "project is padded"
+    if len({norm.affine for norm in norms}) > 1:
+        return "some of its batch norms have an affine map and some have none"
     return None
 
 

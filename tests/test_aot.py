@@ -47,6 +47,30 @@ with compile_only("{target}") as reports:
             none, batch = (False, False, 1e-5), (True, train, 1e-5)
             backend.channel_mlp_forward(*layers, *absent, *final, *none, *batch)
             backend.channel_mlp_forward(*layers, *hidden, *absent, *batch, *none)
+            kept = empty(32, h).float()
+            backward = (pooled, kept, *layers)
+            backend.channel_mlp_backward(
+                *backward, *absent, final[0], *final[2:], *none, *batch, True
+            )
+            backend.channel_mlp_backward(
+                *backward, *hidden, None, None, None, *batch, *none, True
+            )
+            for fmt in (torch.contiguous_format, torch.channels_last):
+                for preset in ("paper", "official"):
+                    reduced = empty(32, h, side, side).contiguous(memory_format=fmt)
+                    widths = [1] if preset == "paper" else [h, h, h]
+                    vectors = [[empty(width).float() for width in widths] for _ in range(4)]
+                    known = [[], []] if train else vectors[2:]
+                    arguments = (
+                        reduced, [empty(h, h, 3, 3)] * 2, [empty(h)] * 2, empty(h), empty(1),
+                        *vectors[:2], *known, preset != "paper", preset == "paper",
+                        [train] * len(widths), [1e-5] * len(widths), 4,
+                    )
+                    logits, statistics = backend.spatial_branch_forward(*arguments)
+                    backend.spatial_branch_backward(logits, statistics, *arguments, True, True)
+        counters = [torch.empty((), dtype=torch.int64, device="meta")]
+        running = [torch.empty(c, device="meta")]
+        backend.update_running(running, running, counters, running, running, [1.1], [0.1])
 """
 
 
@@ -59,12 +83,23 @@ def test_shipped_tables(dtype, tf32, target):
     code = CODE.format(dtype=dtype, tf32=tf32, target=target, sites=sites)
     reports = aot.reports_in_subprocess(code, timeout=600)
     assert {r.name for r in reports} == {
+        "_channel_mlp_backward_in_kernel",
+        "_channel_mlp_backward_out_kernel",
         "_channel_mlp_kernel",
+        "_dilated_conv_backward_kernel",
+        "_dilated_conv_kernel",
         "_gate_backward_reduce_kernel",
         "_gate_forward_kernel",
         "_input_gradient_kernel",
+        "_merge_kernel",
+        "_norm_backward_kernel",
+        "_normalize_logits_kernel",
         "_pool_reduce_kernel",
+        "_project_backward_kernel",
+        "_project_kernel",
+        "_statistics_kernel",
         "_sum_splits_kernel",
+        "_update_running_kernel",
     }
     for report in reports:
         text = aot.format_table([report])

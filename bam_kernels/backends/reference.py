@@ -159,7 +159,8 @@ def channel_mlp_forward(
     norm: bool,
     batch_stats: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logits, hidden layer in front of its norm, hidden mean and variance, mean and variance)."""
     wide = accumulator_dtype(pooled.dtype)
 
     def to(t: Tensor | None) -> Tensor | None:
@@ -169,28 +170,23 @@ def channel_mlp_forward(
         [pooled.new_empty(0, dtype=wide) for _ in "mv"],
         [pooled.new_empty(0, dtype=wide) for _ in "mv"],
     )
-    y = torch.nn.functional.linear(to(pooled), to(weight0), to(bias0))
+    y = kept = torch.nn.functional.linear(to(pooled), to(weight0), to(bias0))
     if hidden_norm:
         used = _statistics(y) if hidden_batch_stats else (to(hidden_mean), to(hidden_var))
-        hidden_taken = _unbiased(used, y) if hidden_batch_stats else hidden_taken
+        hidden_taken = used if hidden_batch_stats else hidden_taken
         y = (y - used[0]) * torch.rsqrt(used[1] + hidden_eps)
         y = _affine(y, to(hidden_gamma), to(hidden_beta))
     y = torch.nn.functional.linear(torch.relu(y), to(weight1), to(bias1))
     if norm:
         used = _statistics(y) if batch_stats else (to(mean), to(var))
-        taken = _unbiased(used, y) if batch_stats else taken
+        taken = used if batch_stats else taken
         y = _affine((y - used[0]) * torch.rsqrt(used[1] + eps), to(gamma), to(beta))
-    return y, *hidden_taken, *taken
+    return y, kept, *hidden_taken, *taken
 
 
 def _statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     mean = y.mean(dim=0)
     return mean, (y - mean).square().mean(dim=0)
-
-
-def _unbiased(statistics: tuple[Tensor, Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
-    mean, var = statistics
-    return mean, var * (y.shape[0] / (y.shape[0] - 1))
 
 
 def _affine(y: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
@@ -201,6 +197,7 @@ def _affine(y: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
 
 def channel_mlp_backward(
     dlogits: Tensor,
+    kept: Tensor,
     pooled: Tensor,
     weight0: Tensor,
     bias0: Tensor | None,
@@ -219,18 +216,18 @@ def channel_mlp_backward(
     norm: bool,
     batch_stats: bool,
     eps: float,
+    need_pooled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of pooled, weight0, bias0, weight1, bias1, hidden gamma and beta, gamma, beta.
 
-    Both layers, and their batch statistics, are computed anew from pooled: [N, h] and [N, C] are
-    cheaper to make than to keep, and a normalised value fits the statistics of the very same
-    values. All in the accumulator's type; a norm that does not exist has empty gradients, and a
-    bias's gradient is there whether it exists or not.
+    Each in the dtype of what it belongs to; a norm that does not exist has empty gradients, and a
+    bias's gradient is there whether it exists or not, in its weight's dtype.
     """
     wide = accumulator_dtype(pooled.dtype)
-    dgamma = dbeta = dhidden_gamma = dhidden_beta = pooled.new_empty(0, dtype=wide)
     a, w0, w1 = pooled.to(wide), weight0.to(wide), weight1.to(wide)
-    y = torch.nn.functional.linear(a, w0, _wide(bias0, pooled.dtype))
+    dgamma = dbeta = (weight1 if gamma is None else gamma).new_empty(0)
+    dhidden_gamma = dhidden_beta = (weight0 if hidden_gamma is None else hidden_gamma).new_empty(0)
+    y = kept
     if hidden_norm:
         hidden = _Norm(
             y, hidden_gamma, hidden_beta, hidden_mean, hidden_var, hidden_batch_stats, hidden_eps
@@ -240,16 +237,18 @@ def channel_mlp_backward(
     dout = dlogits.to(wide)
     if norm:
         out = torch.nn.functional.linear(active, w1, _wide(bias1, pooled.dtype))
-        dout, dgamma, dbeta = _Norm(out, gamma, None, mean, var, batch_stats, eps).backward(dout)
+        dout, *found = _Norm(out, gamma, None, mean, var, batch_stats, eps).backward(dout)
+        dgamma, dbeta = (t.to(dgamma.dtype) for t in found)
     dy = torch.ops.aten.threshold_backward(dout @ w1, active, 0)
     if hidden_norm:
-        dy, dhidden_gamma, dhidden_beta = hidden.backward(dy)
+        dy, *found = hidden.backward(dy)
+        dhidden_gamma, dhidden_beta = (t.to(dhidden_gamma.dtype) for t in found)
     return (
-        dy @ w0,
-        dy.t() @ a,
-        dy.sum(dim=0),
-        dout.t() @ active,
-        dout.sum(dim=0),
+        (dy @ w0).to(pooled.dtype) if need_pooled else pooled.new_empty(0),
+        (dy.t() @ a).to(weight0.dtype),
+        dy.sum(dim=0).to(weight0.dtype),
+        (dout.t() @ active).to(weight1.dtype),
+        dout.sum(dim=0).to(weight1.dtype),
         dhidden_gamma,
         dhidden_beta,
         dgamma,
@@ -290,3 +289,150 @@ class _Norm:
             self.eps,
             [True, True, True],
         )
+
+
+# --- the spatial branch -----------------------------------------------------------------------
+
+
+def statistics_size(hidden: int, convolutions: int, hidden_norm: bool, norm: bool) -> int:
+    """The length of the flat statistics of a spatial branch: two of each channel of each norm."""
+    return (2 * hidden * (convolutions + 1) if hidden_norm else 0) + (2 if norm else 0)
+
+
+def split_statistics(
+    statistics: Tensor, hidden: int, convolutions: int, hidden_norm: bool
+) -> list[Tensor | None]:
+    """Views by norm: [2, h] of the hidden ones (None where there are none), [2, 1] of the last."""
+    count = convolutions + 1 if hidden_norm else 0
+    length = 2 * hidden * count
+    if hidden_norm:
+        rows = list(statistics[:length].view(count, 2, hidden).unbind(0))
+    else:
+        rows = [None] * (convolutions + 1)
+    return [*rows, statistics[length:].view(2, (statistics.numel() - length) // 2)]
+
+
+def spatial_branch_forward(
+    reduced: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    means: list[Tensor],
+    variances: list[Tensor],
+    hidden_norm: bool,
+    norm: bool,
+    batch_stats: list[bool],
+    eps: list[float],
+    dilation: int,
+) -> tuple[Tensor, Tensor]:
+    """(logits [N, 1, H, W], statistics): mean and biased variance of each norm, flat."""
+    wide = accumulator_dtype(reduced.dtype)
+    known = iter(zip(means, variances, strict=True))
+    taken: list[Tensor] = []
+
+    def normalize(y: Tensor, i: int) -> Tensor:
+        if batch_stats[i]:
+            mean = y.mean(dim=(0, 2, 3))
+            var = (y - mean[:, None, None]).square().mean(dim=(0, 2, 3))
+        else:
+            mean, var = (t.to(wide) for t in next(known))
+        taken.append(torch.stack((mean, var)).detach().flatten())
+        y = (y - mean[:, None, None]) * torch.rsqrt(var + eps[i])[:, None, None]
+        if not gammas:
+            return y
+        return y * gammas[i].to(wide)[:, None, None] + betas[i].to(wide)[:, None, None]
+
+    y = reduced.to(wide)
+    for i in range(len(weights) + 1):
+        if i > 0:
+            bias = biases[i - 1].to(wide) if biases else None
+            weight = weights[i - 1].to(wide)
+            y = torch.nn.functional.conv2d(y, weight, bias, padding=dilation, dilation=dilation)
+        y = torch.relu(normalize(y, i) if hidden_norm else y)
+    weight = project_weight.to(wide)[None, :, None, None]
+    y = torch.nn.functional.conv2d(y, weight, _wide(project_bias, reduced.dtype))
+    if norm:
+        y = normalize(y, len(batch_stats) - 1)
+    y = y.contiguous()
+    return y, torch.cat(taken) if taken else reduced.new_empty(0, dtype=wide)
+
+
+def spatial_branch_backward(
+    dlogits: Tensor, statistics: Tensor, reduced: Tensor, weights: list[Tensor], *rest: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dreduced, dconvolutions flat, dprojection flat, dnorms flat), by torch's autograd."""
+    biases, project_weight, project_bias, gammas, betas = rest[:5]
+    *rest, need_reduced, need_weights = rest[5:]
+    named = [reduced, *weights, *biases, project_weight, project_bias, *gammas, *betas]
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in named]
+        parts = iter(leaves)
+
+        def take(values: list[Tensor]) -> list[Tensor]:
+            return [next(parts) for _ in values]
+
+        logits, _ = spatial_branch_forward(
+            next(parts), take(weights), take(biases), next(parts), next(parts), take(gammas),
+            take(betas), *rest,
+        )  # fmt: skip
+        wanted = [t for t in leaves if t is not None]
+        found = iter(torch.autograd.grad(logits, wanted, dlogits, allow_unused=True))
+    grads = [None if t is None else next(found) for t in leaves]
+    grads = [
+        torch.zeros_like(t) if g is None and t is not None else g
+        for g, t in zip(grads, leaves, strict=True)
+    ]
+    dreduced, grads = grads[0], grads[1:]
+    convolutions, hidden = len(weights), reduced.shape[1]
+    dconvs = []
+    for i in range(convolutions):
+        dbias = grads[convolutions + i] if biases else grads[i].new_zeros(hidden)
+        dconvs += [grads[i].flatten(), dbias.to(grads[i].dtype)]
+    grads = grads[convolutions + len(biases) :]
+    dbias = reduced.new_zeros(1) if grads[1] is None else grads[1]
+    dprojection = torch.cat([grads[0], dbias.to(grads[0].dtype)])
+    grads = grads[2:]
+    dnorms = torch.zeros_like(statistics)
+    if gammas:
+        pairs = zip(grads[: len(gammas)], grads[len(gammas) :], strict=True)
+        torch.cat([t.flatten().to(dnorms.dtype) for pair in pairs for t in pair], out=dnorms)
+    empty = reduced.new_empty(0)
+    return (
+        layout.like(dreduced, reduced).contiguous(memory_format=_format(reduced))
+        if need_reduced
+        else empty,
+        torch.cat(dconvs) if need_weights and dconvs else (weights or [reduced])[0].new_empty(0),
+        dprojection,
+        dnorms,
+    )
+
+
+def _format(t: Tensor) -> torch.memory_format:
+    if t.is_contiguous() or not t.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def update_running(
+    means: list[Tensor],
+    variances: list[Tensor],
+    counters: list[Tensor],
+    batch_means: list[Tensor],
+    batch_variances: list[Tensor],
+    corrections: list[float],
+    momenta: list[float],
+) -> None:
+    """In place, for each norm: counter + 1, and its statistics moved towards the batch's.
+
+    corrections are n / (n - 1), which makes a batch's variance of n values unbiased; a negative
+    momentum asks for a cumulative average, 1 / counter.
+    """
+    for i, (mean, variance, counter) in enumerate(zip(means, variances, counters, strict=True)):
+        counter.add_(1)
+        weight = momenta[i] if momenta[i] >= 0 else 1.0 / counter.to(batch_means[i].dtype)
+        unbiased = batch_variances[i] * corrections[i]
+        mean.copy_(torch.lerp(mean.to(unbiased.dtype), batch_means[i].to(unbiased.dtype), weight))
+        variance.copy_(torch.lerp(variance.to(unbiased.dtype), unbiased, weight))

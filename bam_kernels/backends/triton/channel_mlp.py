@@ -17,7 +17,7 @@ from bam_kernels.backends.triton.launch import accumulator, accumulator_dtype, d
 
 
 @triton.jit
-def _statistics(value, in_n, N, ACC: tl.constexpr):
+def batch_statistics(value, in_n, N, ACC: tl.constexpr):
     """Mean and biased variance over axis 0 of value [BLOCK_N, columns], as a batch norm applies."""
     count = N.to(ACC)
     mean = tl.sum(tl.where(in_n[:, None], value, 0.0), axis=0) / count
@@ -26,7 +26,7 @@ def _statistics(value, in_n, N, ACC: tl.constexpr):
 
 
 @triton.jit
-def _normalize(value, at, in_at, mean, var, gamma, beta, EPS: tl.constexpr, ACC: tl.constexpr):
+def normalize(value, at, in_at, mean, var, gamma, beta, EPS: tl.constexpr, ACC: tl.constexpr):
     value = (value - mean[None, :]) * (1 / tl.sqrt(var + EPS))[None, :]
     if gamma is not None:
         value *= tl.load(gamma + at, mask=in_at, other=0.0).to(ACC)[None, :]
@@ -51,6 +51,7 @@ def _channel_mlp_kernel(
     mean,
     var,
     logits,
+    hidden_out,
     hidden_batch_mean,
     hidden_batch_var,
     batch_mean,
@@ -98,17 +99,19 @@ def _channel_mlp_kernel(
         y = dot(a.to(ACC), b.to(ACC), y, "ieee")
     if bias0 is not None:
         y += tl.load(bias0 + units_h, mask=in_h, other=0.0).to(ACC)[None, :]
+    if channel_block == 0:
+        at = samples[:, None] * hidden + units_h[None, :]
+        tl.store(hidden_out + at, y, mask=in_n[:, None] & in_h[None, :])
     if HIDDEN_NORM:
         if HIDDEN_BATCH_STATS:
-            mu, sigma2 = _statistics(y, in_n, N, ACC)
+            mu, sigma2 = batch_statistics(y, in_n, N, ACC)
             if channel_block == 0:
                 tl.store(hidden_batch_mean + units_h, mu, mask=in_h)
-                unbiased = sigma2 * (N.to(ACC) / (N - 1).to(ACC))
-                tl.store(hidden_batch_var + units_h, unbiased, mask=in_h)
+                tl.store(hidden_batch_var + units_h, sigma2, mask=in_h)
         else:
             mu = tl.load(hidden_mean + units_h, mask=in_h, other=0.0).to(ACC)
             sigma2 = tl.load(hidden_var + units_h, mask=in_h, other=1.0).to(ACC)
-        y = _normalize(y, units_h, in_h, mu, sigma2, hidden_gamma, hidden_beta, HIDDEN_EPS, ACC)
+        y = normalize(y, units_h, in_h, mu, sigma2, hidden_gamma, hidden_beta, HIDDEN_EPS, ACC)
     y = tl.where(y < 0, 0.0, y)  # a ReLU that lets NaN through, as torch's does
 
     w = tl.load(
@@ -121,18 +124,18 @@ def _channel_mlp_kernel(
         out += tl.load(bias1 + own, mask=in_own, other=0.0).to(ACC)[None, :]
     if NORM:
         if BATCH_STATS:
-            mu, sigma2 = _statistics(out, in_n, N, ACC)
+            mu, sigma2 = batch_statistics(out, in_n, N, ACC)
             tl.store(batch_mean + own, mu, mask=in_own)
-            tl.store(batch_var + own, sigma2 * (N.to(ACC) / (N - 1).to(ACC)), mask=in_own)
+            tl.store(batch_var + own, sigma2, mask=in_own)
         else:
             mu = tl.load(mean + own, mask=in_own, other=0.0).to(ACC)
             sigma2 = tl.load(var + own, mask=in_own, other=1.0).to(ACC)
-        out = _normalize(out, own, in_own, mu, sigma2, gamma, beta, EPS, ACC)
+        out = normalize(out, own, in_own, mu, sigma2, gamma, beta, EPS, ACC)
     at = samples[:, None] * C + own[None, :]
     tl.store(logits + at, out, mask=in_n[:, None] & in_own[None, :])
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
+def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
@@ -156,17 +159,19 @@ def channel_mlp_forward(
     norm: bool,
     batch_stats: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logits [N, C], hidden batch mean and variance [h], batch mean and variance [C]).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logits [N, C], hidden [N, h], hidden batch mean, variance [h], batch mean, variance [C]).
 
-    All in the accumulator's type (fp32, or fp64 for fp64). The variances are the unbiased ones that
-    running statistics take. A statistic that was not taken is empty.
+    All in the accumulator's type (fp32, or fp64 for fp64). `hidden` is the first layer's output, in
+    front of norm and ReLU, for the backward. The variances are biased, as a norm
+    applies them. A statistic that was not taken is empty.
     pooled [N, C]; weight0 [h, C]; weight1 [C, h]; the norms' vectors [h] and [C].
     """
     n, c = pooled.shape
     hidden = weight0.shape[0]
     made = {"device": pooled.device, "dtype": accumulator_dtype(pooled.dtype)}
     logits = torch.empty((n, c), **made)
+    kept = torch.empty((n, hidden), **made)
     # Four tensors, not rows of one: an operator's outputs may not share storage.
     hidden_stats = [
         torch.empty(hidden if hidden_norm and hidden_batch_stats else 0, **made) for _ in range(2)
@@ -180,18 +185,19 @@ def channel_mlp_forward(
         _channel_mlp_kernel[(triton.cdiv(n, block_n) * channel_blocks,)](
             pooled.contiguous(),
             weight0.contiguous(),
-            _dense(bias0),
+            dense(bias0),
             weight1.contiguous(),
-            _dense(bias1),
-            _dense(hidden_gamma),
-            _dense(hidden_beta),
-            None if hidden_batch_stats else _dense(hidden_mean),
-            None if hidden_batch_stats else _dense(hidden_var),
-            _dense(gamma),
-            _dense(beta),
-            None if batch_stats else _dense(mean),
-            None if batch_stats else _dense(var),
+            dense(bias1),
+            dense(hidden_gamma),
+            dense(hidden_beta),
+            None if hidden_batch_stats else dense(hidden_mean),
+            None if hidden_batch_stats else dense(hidden_var),
+            dense(gamma),
+            dense(beta),
+            None if batch_stats else dense(mean),
+            None if batch_stats else dense(var),
             logits,
+            kept,
             hidden_stats[0] if hidden_norm and hidden_batch_stats else None,
             hidden_stats[1] if hidden_norm and hidden_batch_stats else None,
             stats[0] if norm and batch_stats else None,
@@ -212,4 +218,4 @@ def channel_mlp_forward(
             BLOCK_H=block_h,
             num_warps=num_warps,
         )
-    return logits, *hidden_stats, *stats
+    return logits, kept, *hidden_stats, *stats

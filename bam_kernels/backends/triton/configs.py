@@ -94,7 +94,7 @@ def block_hidden(kernel: str, dtype: torch.dtype, hidden: int) -> int:
 
 
 def channel_mlp_blocks(
-    samples: int, hidden: int, batch_stats: bool, itemsize: int
+    samples: int, hidden: int, batch_stats: bool, itemsize: int, backward: bool = False
 ) -> tuple[int, int, int, int]:
     """(BLOCK_N, BLOCK_C, BLOCK_H, num_warps) of the channel MLP, whose accumulator has `itemsize`.
 
@@ -110,6 +110,21 @@ def channel_mlp_blocks(
     if entry := _overrides.get("channel_mlp"):
         block_c, num_warps = entry.block_c, entry.num_warps
     return block_n, block_c, block_h, num_warps
+
+
+def spatial_tile(dtype: torch.dtype, positions: int, hidden: int, precision: str) -> Tile:
+    """Of every kernel of the spatial branch: block_p positions, and all of the hidden channels."""
+    entry = _overrides.get("spatial_branch") or _spatial_branch(dtype.itemsize, hidden, precision)
+    block_p = min(entry.block_p, max(next_power_of_2(positions), _LEAST))
+    return dataclasses.replace(entry, block_p=block_p)
+
+
+def split_weight_gradient(count: int) -> int:
+    """Into how many parts the walk over all `count` tiles is cut in a dilated conv's dW.
+
+    Nine taps are nine programs a part; each part owns a partial of dW.
+    """
+    return max(1, min(count, 16))
 
 
 def split_channels(blocks: int, other_programs: int) -> int:
@@ -179,6 +194,15 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
     return Tile(64, 64, 16 if hidden > 16 else 4, 1)
 
 
+def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
+    # The accumulator is hidden x block_p, and nine shifted tiles of the input pass through.
+    if itemsize == 8:
+        return Tile(0, 32, 4, 1)
+    if hidden > 32:
+        return Tile(0, 64, 8, 1)
+    return Tile(0, 128, 4 if itemsize == 2 else 8, 1)
+
+
 _TABLES = {
     "gate": _gate,
     "gate_backward_reduce": _gate_backward_reduce,
@@ -186,5 +210,6 @@ _TABLES = {
     "pool_reduce": _pool_reduce,
 }
 
-KERNELS = (*_TABLES, "channel_mlp")
-"""The kernels whose launch `override` can set; the channel MLP has no positions, so no block_p."""
+KERNELS = (*_TABLES, "channel_mlp", "spatial_branch")
+"""The kernels whose launch `override` can set; the channel MLP has no positions, so no block_p, and
+the spatial branch's kernels take all of their channels, so no block_c."""

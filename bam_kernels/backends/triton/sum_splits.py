@@ -15,6 +15,7 @@ from torch import Tensor
 from bam_kernels.backends.triton.device_math import narrow
 
 _BLOCK = 256  # a few kilobytes in all: small blocks spread them over the multiprocessors
+_TALL_BLOCK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Job:
         divisor: H * W for a mean, else 1.
         bias: added after the division; i belongs to channel (i // bias_run) % len(bias).
         bias_run: consecutive elements of one channel: H * W for a NCHW map, 1 for channels_last.
+        tall: many partials of few elements, a partial a tile: a program adds 32 of them at a time.
     """
 
     partials: Tensor
@@ -36,6 +38,7 @@ class Job:
     divisor: int = 1
     bias: Tensor | None = None
     bias_run: int = 1
+    tall: bool = False
 
 
 @triton.jit
@@ -50,6 +53,7 @@ def _sum_job(
     divisor,
     bias_run,
     bias_length,
+    TALL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = partials.dtype.element_ty
@@ -59,9 +63,19 @@ def _sum_job(
     row = i // length
     at = row * splits * length + (i - row * length)
     acc = tl.zeros((BLOCK,), ACC)
-    for _ in range(splits):
-        acc += tl.load(partials + at, mask=mask, other=0.0)
-        at += length
+    if TALL:
+        for start in range(0, splits, 32):
+            split = start + tl.arange(0, 32)
+            some = tl.load(
+                partials + at[None, :] + split[:, None] * length,
+                mask=mask[None, :] & (split < splits)[:, None],
+                other=0.0,
+            )
+            acc += tl.sum(some, axis=0)
+    else:
+        for _ in range(splits):
+            acc += tl.load(partials + at, mask=mask, other=0.0)
+            at += length
     acc = acc / divisor.to(ACC)
     if bias is not None:
         channel = (i // bias_run) % bias_length
@@ -94,19 +108,22 @@ def _sum_splits_kernel(
     bias_length1,
     blocks0,
     TWO: tl.constexpr,
+    TALL0: tl.constexpr,
+    TALL1: tl.constexpr,
     BLOCK: tl.constexpr,
+    TALL_BLOCK: tl.constexpr,
 ):
     """One program: BLOCK elements of one job; the first `blocks0` programs belong to job 0."""
     pid = tl.program_id(0)
     if pid < blocks0:
         _sum_job(
             pid, partials0, out0, bias0, splits0, length0, total0, divisor0, bias_run0,
-            bias_length0, BLOCK,
+            bias_length0, TALL0, TALL_BLOCK if TALL0 else BLOCK,
         )  # fmt: skip
     elif TWO:
         _sum_job(
             pid - blocks0, partials1, out1, bias1, splits1, length1, total1, divisor1, bias_run1,
-            bias_length1, BLOCK,
+            bias_length1, TALL1, TALL_BLOCK if TALL1 else BLOCK,
         )  # fmt: skip
 
 
@@ -123,9 +140,17 @@ def sum_splits(jobs: list[Job]) -> None:
     """Run up to two jobs in one launch; none is no launch. The caller holds the device guard."""
     if not jobs:
         return
-    blocks = [triton.cdiv(job.out.numel(), _BLOCK) for job in jobs]
+    blocks = [triton.cdiv(job.out.numel(), _TALL_BLOCK if job.tall else _BLOCK) for job in jobs]
     first = _arguments(jobs[0])
     second = _arguments(jobs[-1])
     _sum_splits_kernel[(sum(blocks),)](
-        *first, *second, blocks[0], TWO=len(jobs) == 2, BLOCK=_BLOCK, num_warps=4
+        *first,
+        *second,
+        blocks[0],
+        TWO=len(jobs) == 2,
+        TALL0=jobs[0].tall,
+        TALL1=jobs[-1].tall,
+        BLOCK=_BLOCK,
+        TALL_BLOCK=_TALL_BLOCK,
+        num_warps=4,
     )

@@ -1,0 +1,515 @@
+"""The spatial branch behind the reduction (Eq. 4), forward: dilated 3x3s, 1x1 to 1, batch norms.
+
+A launch a dilated convolution. The norm and ReLU in front of a layer are applied as its input is
+loaded; statistics of its output leave with it, one partial a program. The last convolution also
+makes the projection to one channel, where the norm between them has known statistics or is none.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bam_kernels.backends.reference import split_statistics, statistics_size
+from bam_kernels.backends.triton.device_math import dot, map_offsets, narrow
+from bam_kernels.backends.triton.launch import (
+    accumulator,
+    conv_precision,
+    device_guard,
+)
+from bam_kernels.backends.triton.spatial_layout import (
+    NO_PARTIALS,
+    Map,
+    Norm,
+    Partials,
+    map_of,
+    norms_of,
+    settle,
+    statistics_of,
+)
+from bam_kernels.backends.triton.spatial_math import (
+    affine,
+    input_affine,
+    project,
+    relu,
+    scalar_affine,
+    store_statistics,
+)
+
+# --- kernels ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _finish_logits(
+    q,
+    in_p,
+    n_in_tile,
+    index,
+    count,
+    at,
+    logits,
+    logits_partials,
+    dlogits,
+    final_sums,
+    final_mean,
+    final_variance,
+    final_gamma,
+    final_beta,
+    FINAL_EPS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """What becomes of the projection q [BLOCK_P] of one tile.
+
+    Forward it is stored: normalised where statistics are known, else with its partial. Backward
+    (dlogits given) the sums of dlogits and of dlogits times the normalised q are left instead.
+    """
+    if dlogits is not None:
+        mu, rstd, _, _ = scalar_affine(final_mean, final_variance, None, None, FINAL_EPS, ACC)
+        grad = tl.load(dlogits + at, mask=in_p, other=0.0).to(ACC)
+        tl.store(final_sums + index, tl.sum(grad, axis=0))
+        product = tl.where(in_p, grad * ((q - mu) * rstd), 0.0)
+        tl.store(final_sums + count + index, tl.sum(product, axis=0))
+    else:
+        if logits_partials is not None:
+            total = tl.sum(tl.where(in_p, q, 0.0), axis=0)
+            off = tl.where(in_p, q - total / n_in_tile.to(ACC), 0.0)
+            tl.store(logits_partials + index, total)
+            tl.store(logits_partials + count + index, tl.sum(off * off, axis=0))
+        elif final_mean is not None:
+            mu, _, scale, shift = scalar_affine(
+                final_mean, final_variance, final_gamma, final_beta, FINAL_EPS, ACC
+            )
+            q = (q - mu) * scale + shift
+        tl.store(logits + at, q, mask=in_p)
+
+
+_RUNTIME = ["N", "positions", "tiles", "partial_count", "partial_tiles", "partial_positions"]
+_RUNTIME += ["partial_block", "count"]
+
+
+@triton.jit(do_not_specialize=[*_RUNTIME, "H", "W", "stride_out", "stride_in", "stride_tap"])
+def _dilated_conv_kernel(
+    source,
+    weight,
+    bias,
+    out,
+    partials,
+    statistics,
+    mean,
+    variance,
+    gamma,
+    beta,
+    out_partials,
+    next_mean,
+    next_variance,
+    next_gamma,
+    next_beta,
+    project_weight,
+    project_bias,
+    logits,
+    logits_partials,
+    dlogits,
+    final_sums,
+    final_mean,
+    final_variance,
+    final_gamma,
+    final_beta,
+    N,
+    H,
+    W,
+    positions,
+    tiles,
+    count,
+    partial_count,
+    partial_tiles,
+    partial_positions,
+    partial_block,
+    stride_out,
+    stride_in,
+    stride_tap,
+    hidden,
+    DILATION: tl.constexpr,
+    EPS: tl.constexpr,
+    NEXT_EPS: tl.constexpr,
+    FINAL_EPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One program: every output channel of BLOCK_P positions of one sample. Grid: N x tiles."""
+    pid = tl.program_id(0)
+    n = (pid // tiles).to(tl.int64)
+    tile = pid % tiles
+    columns = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    in_p = columns < positions
+    row = columns // W
+    column = columns % W
+    units = tl.arange(0, BLOCK_H)
+    in_h = units < hidden
+    stride = hidden if CHANNELS_LAST else positions
+    DTYPE: tl.constexpr = source.dtype.element_ty
+    source += n * hidden * positions
+
+    acc = tl.zeros((BLOCK_H, BLOCK_P), ACC)
+    for k in tl.static_range(0, BLOCK_H, BLOCK_K):
+        ins = k + tl.arange(0, BLOCK_K)
+        in_k = ins < hidden
+        mu, scale, shift = input_affine(
+            partials, partial_count, partial_tiles, partial_positions, partial_block, N,
+            statistics, mean, variance, gamma, beta, ins, in_k, hidden, EPS, ACC, BLOCK_K, BLOCK_T,
+        )  # fmt: skip
+        for tap in range(9):
+            down = (tap // 3 - 1) * DILATION
+            right = (tap % 3 - 1) * DILATION
+            inside = in_p & (row + down >= 0) & (row + down < H)
+            inside = inside & (column + right >= 0) & (column + right < W)
+            at = map_offsets(ins, columns + (down * W + right), stride, 1, CHANNELS_LAST)
+            mask = in_k[:, None] & inside[None, :]
+            value = tl.load(source + at, mask=mask, other=0.0).to(ACC)
+            value = relu((value - mu[:, None]) * scale[:, None] + shift[:, None])
+            value = narrow(tl.where(mask, value, 0.0), DTYPE)
+            w = tl.load(
+                weight + units[:, None] * stride_out + ins[None, :] * stride_in + tap * stride_tap,
+                mask=in_h[:, None] & in_k[None, :],
+                other=0.0,
+            )
+            acc = dot(narrow(w.to(ACC), DTYPE), value, acc, PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + units, mask=in_h, other=0.0).to(ACC)[:, None]
+
+    rounded = narrow(acc, DTYPE)
+    mask = in_h[:, None] & in_p[None, :]
+    if out is not None:
+        at = map_offsets(units, columns, stride, 1, CHANNELS_LAST)
+        tl.store(out + n * hidden * positions + at, rounded, mask=mask)
+    value = rounded.to(ACC)
+    n_in_tile = tl.minimum(positions - tile * BLOCK_P, BLOCK_P)
+    if out_partials is not None:
+        store_statistics(value, mask, n_in_tile, out_partials, pid, count, units, in_h, hidden, ACC)
+    if project_weight is not None:
+        mu, _, scale, shift = affine(
+            next_mean, next_variance, next_gamma, next_beta, units, in_h, NEXT_EPS, ACC, BLOCK_H
+        )
+        _, _, _, q = project(
+            value, mu, scale, shift, units, in_h, project_weight, project_bias, ACC
+        )
+        _finish_logits(
+            q, in_p, n_in_tile, pid, count, n * positions + columns, logits, logits_partials,
+            dlogits, final_sums, final_mean, final_variance, final_gamma, final_beta, FINAL_EPS,
+            ACC,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _project_kernel(
+    source,
+    partials,
+    statistics,
+    mean,
+    variance,
+    gamma,
+    beta,
+    project_weight,
+    project_bias,
+    logits,
+    logits_partials,
+    dlogits,
+    final_sums,
+    final_mean,
+    final_variance,
+    final_gamma,
+    final_beta,
+    N,
+    positions,
+    tiles,
+    count,
+    partial_count,
+    partial_tiles,
+    partial_positions,
+    partial_block,
+    hidden,
+    EPS: tl.constexpr,
+    FINAL_EPS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """The projection by itself, where the norm in front of it needs a pass of its own."""
+    pid = tl.program_id(0)
+    n = (pid // tiles).to(tl.int64)
+    tile = pid % tiles
+    columns = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    in_p = columns < positions
+    units = tl.arange(0, BLOCK_H)
+    in_h = units < hidden
+    mu, scale, shift = input_affine(
+        partials, partial_count, partial_tiles, partial_positions, partial_block, N, statistics,
+        mean, variance, gamma, beta, units, in_h, hidden, EPS, ACC, BLOCK_H, BLOCK_T,
+    )  # fmt: skip
+    at = map_offsets(units, columns, hidden if CHANNELS_LAST else positions, 1, CHANNELS_LAST)
+    source += n * hidden * positions
+    value = tl.load(source + at, mask=in_h[:, None] & in_p[None, :], other=0.0).to(ACC)
+    _, _, _, q = project(value, mu, scale, shift, units, in_h, project_weight, project_bias, ACC)
+    _finish_logits(
+        q, in_p, tl.minimum(positions - tile * BLOCK_P, BLOCK_P), pid, count,
+        n * positions + columns, logits, logits_partials, dlogits, final_sums, final_mean,
+        final_variance, final_gamma, final_beta, FINAL_EPS, ACC,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*_RUNTIME, "total"])
+def _normalize_logits_kernel(
+    logits,
+    out,
+    partials,
+    statistics,
+    gamma,
+    beta,
+    N,
+    total,
+    partial_count,
+    partial_tiles,
+    partial_positions,
+    partial_block,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """The last norm with batch statistics: one channel, N * P values."""
+    one = tl.arange(0, 1)
+    mu, scale, shift = input_affine(
+        partials, partial_count, partial_tiles, partial_positions, partial_block, N, statistics,
+        None, None, gamma, beta, one, one < 1, 1, EPS, ACC, 1, BLOCK_T,
+    )  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(logits + i, mask=i < total, other=0.0)
+    tl.store(out + i, (value - mu) * scale + shift, mask=i < total)
+
+
+# --- launchers ----------------------------------------------------------------------------------
+
+
+def norm_arguments(norm: Norm | None, prefix: str = "") -> dict[str, Tensor | None]:
+    """gamma and beta, and the statistics where they are known."""
+    named = ("mean", "variance", "gamma", "beta")
+    return {prefix + name: None if norm is None else getattr(norm, name) for name in named}
+
+
+def spread(weight: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """A [h, h, 3, 3] weight, and its strides along output, input and tap."""
+    if weight.stride(2) != 3 * weight.stride(3):
+        weight = weight.contiguous()
+    return weight, (weight.stride(0), weight.stride(1), weight.stride(3))
+
+
+def launch_conv(
+    m: Map,
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int,
+    norm: Norm | None,
+    partials: Partials | None,
+    statistics: Tensor | None,
+    out: Tensor | None,
+    out_partials: Tensor | None = None,
+    projection: dict[str, object] | None = None,
+) -> None:
+    """One dilated convolution of relu(norm(source)); `projection` as `projection_arguments`."""
+    weight, strides = spread(weight)
+    stride_out, stride_in, stride_tap = strides
+    known = norm if norm is not None and partials is None else None
+    arguments = norm_arguments(norm)
+    if known is None:
+        arguments |= {"mean": None, "variance": None}
+    _dilated_conv_kernel[(m.count,)](
+        source,
+        weight,
+        None if bias is None else bias.contiguous(),
+        out,
+        None if partials is None else partials.data,
+        None if partials is None else statistics,
+        out_partials=out_partials,
+        N=1 if partials is not None and partials.count == 1 else m.n,
+        H=m.h,
+        W=m.w,
+        positions=m.positions,
+        tiles=m.tiles,
+        count=m.count,
+        stride_out=stride_out,
+        stride_in=stride_in,
+        stride_tap=stride_tap,
+        hidden=m.hidden,
+        DILATION=dilation,
+        EPS=0.0 if norm is None else norm.eps,
+        PRECISION=conv_precision(m.dtype),
+        BLOCK_K=min(m.block_h, 64),
+        BLOCK_T=m.block_t,
+        **(NO_PARTIALS if partials is None else partials.arguments()),
+        **arguments,
+        **(NO_PROJECTION if projection is None else projection),
+        **m.constants(),
+    )
+
+
+def projection_arguments(
+    next_norm: Norm | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    final: Norm | None,
+    *,
+    logits: Tensor | None = None,
+    logits_partials: Tensor | None = None,
+    dlogits: Tensor | None = None,
+    final_sums: Tensor | None = None,
+) -> dict[str, object]:
+    """The arguments of a projection after a convolution."""
+    return {
+        **norm_arguments(next_norm, "next_"),
+        "project_weight": weight.contiguous(),
+        "project_bias": bias,
+        "logits": logits,
+        "logits_partials": logits_partials,
+        "dlogits": dlogits,
+        "final_sums": final_sums,
+        **norm_arguments(final, "final_"),
+        "NEXT_EPS": 0.0 if next_norm is None else next_norm.eps,
+        "FINAL_EPS": 0.0 if final is None else final.eps,
+    }
+
+
+NO_PROJECTION = dict.fromkeys(
+    (
+        "next_mean", "next_variance", "next_gamma", "next_beta", "project_weight", "project_bias",
+        "logits", "logits_partials", "dlogits", "final_sums",
+        "final_mean", "final_variance", "final_gamma", "final_beta",
+    )
+) | {"NEXT_EPS": 0.0, "FINAL_EPS": 0.0}  # fmt: skip
+
+
+def launch_project(
+    m: Map,
+    source: Tensor,
+    norm: Norm | None,
+    partials: Partials | None,
+    statistics: Tensor | None,
+    projection: dict[str, object],
+) -> None:
+    """The projection of relu(norm(source)) by itself."""
+    rest = {key: value for key, value in projection.items() if not key.lower().startswith("next_")}
+    arguments = norm_arguments(norm)
+    if partials is not None:
+        arguments |= {"mean": None, "variance": None}
+    _project_kernel[(m.count,)](
+        source,
+        None if partials is None else partials.data,
+        None if partials is None else statistics,
+        N=1 if partials is not None and partials.count == 1 else m.n,
+        positions=m.positions,
+        tiles=m.tiles,
+        count=m.count,
+        hidden=m.hidden,
+        EPS=0.0 if norm is None else norm.eps,
+        BLOCK_T=m.block_t,
+        **(NO_PARTIALS if partials is None else partials.arguments()),
+        **arguments,
+        **rest,
+        **m.constants(),
+    )
+
+
+def spatial_branch_forward(
+    reduced: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    project_weight: Tensor,
+    project_bias: Tensor | None,
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    means: list[Tensor],
+    variances: list[Tensor],
+    hidden_norm: bool,
+    norm: bool,
+    batch_stats: list[bool],
+    eps: list[float],
+    dilation: int,
+) -> tuple[Tensor, Tensor]:
+    """(logits [N, 1, H, W], statistics), both in the accumulator's type (fp32, or fp64 for fp64).
+
+    reduced [N, h, H, W]; weights [h, h, 3, 3] each; project_weight [h]. The norms' lists hold the
+    hidden ones (after the reduction and after each convolution) and then the last; means and
+    variances only those of norms that use running statistics. `statistics` holds, one after the
+    other, mean and biased variance of each norm: [2, h] of the hidden ones, [2] of the last; what
+    was not taken from the batch is not filled.
+    """
+    m, reduced = map_of(reduced)
+    norms = norms_of(gammas, betas, means, variances, batch_stats, eps)
+    hidden = norms[: len(weights) + 1] if hidden_norm else [None] * (len(weights) + 1)
+    final = norms[-1] if norm else None
+    statistics = m.workspace(statistics_size(m.hidden, len(weights), hidden_norm, norm))
+    rows = split_statistics(statistics, m.hidden, len(weights), hidden_norm)
+    logits = m.workspace(m.n, 1, m.h, m.w)
+    final_partials = m.workspace(2, m.count, 1) if final and final.batch_stats else None
+
+    with device_guard(reduced):
+        projection = projection_arguments(
+            None, project_weight, project_bias, final, logits=logits, logits_partials=final_partials
+        )
+        source, projected = reduced, False
+        partials = None
+        if hidden[0] is not None and hidden[0].batch_stats:
+            partials = statistics_of(m, source)
+        for i, weight in enumerate(weights):
+            following = hidden[i + 1]
+            takes_stats = following is not None and following.batch_stats
+            last = i == len(weights) - 1
+            projected = last and not takes_stats
+            out = None if projected else m.empty()
+            out_partials = m.workspace(2, m.count, m.hidden) if takes_stats else None
+            after = projection | norm_arguments(following, "next_")
+            after["NEXT_EPS"] = 0.0 if following is None else following.eps
+            launch_conv(
+                m, source, weight, biases[i] if biases else None, dilation, hidden[i], partials,
+                rows[i], out, out_partials, after if projected else None,
+            )  # fmt: skip
+            source = out
+            partials = settle(out_partials, m, m.hidden, centred=True) if takes_stats else None
+        if not projected:
+            launch_project(m, source, hidden[-1], partials, rows[len(weights)], projection)
+        if final_partials is not None:
+            logits = _normalize_logits(m, logits, final_partials, final, rows[-1])
+    return logits, statistics
+
+
+def _normalize_logits(
+    m: Map, logits: Tensor, partials: Tensor, norm: Norm, statistics: Tensor
+) -> Tensor:
+    out = torch.empty_like(logits)
+    settled = settle(partials, m, 1, centred=True)
+    total = logits.numel()
+    _normalize_logits_kernel[(triton.cdiv(total, 512),)](
+        logits,
+        out,
+        settled.data,
+        statistics,
+        norm.gamma,
+        norm.beta,
+        N=1 if settled.count == 1 else m.n,
+        total=total,
+        EPS=norm.eps,
+        ACC=accumulator(m.dtype),
+        BLOCK=512,
+        BLOCK_T=128,
+        num_warps=4,
+        **settled.arguments(),
+    )
+    return out

@@ -1,0 +1,75 @@
+"""How an operator is registered: schema, devices, fake and autograd formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bam_kernels import dispatch
+from bam_kernels.backends import reference
+
+_DEVICES = ("CPU", "CUDA", "XPU")
+
+library = torch.library.Library("bam_kernels", "DEF")
+
+
+def backend_of(x: Tensor) -> ModuleType:
+    """The module whose functions compute the operators for x."""
+    if dispatch.choose_backend(x) == "triton":
+        from bam_kernels.backends import triton
+
+        return triton
+    return reference
+
+
+def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an operator and what computes it, for tensors and for fakes."""
+    name = schema[: schema.index("(")]
+    library.define(schema)
+    for device in _DEVICES:
+        library.impl(name, run, device)
+    torch.library.register_fake(f"bam_kernels::{name}", fake, lib=library)
+
+
+def register_autograd(
+    name: str, setup: Callable[..., None], backward: Callable[..., tuple[Tensor | None, ...]]
+) -> None:
+    """Give an operator its first derivative."""
+    torch.library.register_autograd(
+        f"bam_kernels::{name}", backward, setup_context=setup, lib=library
+    )
+
+
+def differentiable_backward(
+    forward: Callable[..., Any],
+    inputs: Sequence[Any],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradient of a plain composition as a graph; `grads` belong to its outputs, in order."""
+    with torch.enable_grad():
+        outputs = forward(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [
+            (out, grad)
+            for out, grad in zip(outputs, grads, strict=False)
+            if grad is not None and out.requires_grad
+        ]
+        wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
+        if not pairs or not wanted:
+            return [None] * len(inputs)
+        found = iter(
+            torch.autograd.grad(
+                [out for out, _ in pairs],
+                wanted,
+                [grad for _, grad in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+    result: list[Tensor | None] = [next(found) if need else None for need in needs]
+    return result + [None] * (len(inputs) - len(result))

@@ -1,0 +1,148 @@
+"""The spatial branch behind the reduction (Eq. 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bam_kernels.backends import reference
+from bam_kernels.ops.registry import backend_of, register, register_autograd
+
+_TENSORS = (
+    "Tensor reduced, Tensor[] weights, Tensor[] biases, Tensor project_weight,"
+    " Tensor? project_bias, Tensor[] gammas, Tensor[] betas, Tensor[] means, Tensor[] variances"
+)
+_OPTIONS = "bool hidden_norm, bool norm, bool[] batch_stats, float[] eps, int dilation"
+
+
+def _fake(reduced, weights, biases, project_weight, project_bias, *rest):
+    hidden_norm, norm = rest[4:6]
+    n, hidden, h, w = reduced.shape
+    wide = reference.accumulator_dtype(reduced.dtype)
+    size = reference.statistics_size(hidden, len(weights), hidden_norm, norm)
+    return reduced.new_empty((n, 1, h, w), dtype=wide), reduced.new_empty(size, dtype=wide)
+
+
+register(
+    f"spatial_branch({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    lambda reduced, *rest: backend_of(reduced).spatial_branch_forward(reduced, *rest),
+    _fake,
+)
+
+
+def _backward_fake(dlogits, statistics, reduced, weights, biases, project_weight, *rest):
+    need_reduced, need_weights = rest[-2:]
+    hidden = reduced.shape[1]
+    length = len(weights) * hidden * (9 * hidden + 1) if need_weights else 0
+    like = weights[0] if weights else reduced
+    dense = reduced.is_contiguous() or not reduced.is_contiguous(memory_format=torch.channels_last)
+    fmt = torch.contiguous_format if dense else torch.channels_last
+    return (
+        torch.empty_like(reduced, memory_format=fmt) if need_reduced else reduced.new_empty(0),
+        like.new_empty(length),
+        project_weight.new_empty(hidden + 1),
+        torch.empty_like(statistics),
+    )
+
+
+register(
+    f"spatial_branch_backward(Tensor dlogits, Tensor statistics, {_TENSORS}, {_OPTIONS},"
+    " bool need_reduced, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dlogits, *rest: backend_of(dlogits).spatial_branch_backward(dlogits, *rest),
+    _backward_fake,
+)
+
+
+def _flatten(inputs: Iterable[Any]) -> tuple[list[Tensor], list[int | None]]:
+    """The tensors of an argument list, and how many each argument holds; None: itself or None."""
+    flat: list[Tensor] = []
+    lengths: list[int | None] = []
+    for value in inputs:
+        flat += value if isinstance(value, list) else [value]
+        lengths.append(len(value) if isinstance(value, list) else None)
+    return flat, lengths
+
+
+def _unflatten(flat: Iterable[Any], lengths: list[int | None]) -> list[Any]:
+    items = iter(flat)
+    return [
+        next(items) if length is None else [next(items) for _ in range(length)]
+        for length in lengths
+    ]
+
+
+def _setup(ctx, inputs, output):
+    tensors, ctx.options = [*inputs[:9]], inputs[9:]
+    flat, ctx.lengths = _flatten(list(t) if isinstance(t, tuple) else t for t in tensors)
+    ctx.save_for_backward(output[1], *flat)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiable(ctx, dlogits: Tensor, flat: list[Tensor | None]) -> list[Any]:
+    needs, _ = _flatten(ctx.needs_input_grad[:9])
+    with torch.enable_grad():
+        logits, _ = reference.spatial_branch_forward(*_unflatten(flat, ctx.lengths), *ctx.options)
+        wanted = [t for t, need in zip(flat, needs, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(logits, wanted, dlogits, create_graph=True, allow_unused=True)
+        )
+    return _unflatten([next(found) if need else None for need in needs], ctx.lengths)
+
+
+def _backward(ctx, dlogits, _):
+    none = [None if length is None else [None] * length for length in ctx.lengths]
+    # An empty list of numbers passes for one of tensors.
+    rest = [
+        [] if isinstance(option, list | tuple) and not option else None for option in ctx.options
+    ]
+    if dlogits is None:
+        return *none, *rest
+    statistics, *flat = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *_differentiable(ctx, dlogits, flat), *rest
+    inputs = _unflatten(flat, ctx.lengths)
+    reduced, weights, biases, _, project_bias, gammas, betas = inputs[:7]
+    need_reduced, need_weights, need_biases, need_project, need_bias, *need_affine = (
+        ctx.needs_input_grad[:7]
+    )
+    need_convs = any(need_weights) or any(need_biases)
+    dreduced, dconvs, dprojection, dnorms = torch.ops.bam_kernels.spatial_branch_backward(
+        dlogits, statistics, *inputs, *ctx.options, need_reduced, need_convs
+    )
+    hidden = reduced.shape[1]
+    hidden_norm = ctx.options[0]
+    dweights, dbiases = [None] * len(weights), [None] * len(biases)
+    if need_convs:
+        rows = dconvs.view(len(weights), -1)
+        for i, weight in enumerate(weights):
+            dweights[i] = rows[i, : weight.numel()].view(weight.shape)
+        for i, bias in enumerate(biases):
+            dbiases[i] = rows[i, -hidden:].to(bias.dtype)
+    dgammas, dbetas = [None] * len(gammas), [None] * len(betas)
+    if gammas and any(map(any, need_affine)):
+        split = reference.split_statistics(dnorms, hidden, len(weights), hidden_norm)
+        split = [pair for pair in split if pair is not None and pair.numel()]
+        dgammas = [pair[0].to(t.dtype) for pair, t in zip(split, gammas, strict=True)]
+        dbetas = [pair[1].to(t.dtype) for pair, t in zip(split, betas, strict=True)]
+    return (
+        dreduced if need_reduced else None,
+        _where(need_weights, dweights),
+        _where(need_biases, dbiases),
+        dprojection[:hidden] if need_project else None,
+        dprojection[hidden:].to(project_bias.dtype) if need_bias else None,
+        _where(need_affine[0], dgammas),
+        _where(need_affine[1], dbetas),
+        *none[7:],
+        *rest,
+    )
+
+
+def _where(needs: list[bool], grads: list[Tensor | None]) -> list[Tensor | None]:
+    return [grad if need else None for need, grad in zip(needs, grads, strict=True)]
+
+
+register_autograd("spatial_branch", _setup, _backward)
