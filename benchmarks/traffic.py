@@ -9,11 +9,14 @@ are counts, not times: exact, and the same on every machine with the same versio
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -26,16 +29,18 @@ import bam_kernels  # noqa: E402
 from bam_kernels.backends.triton import configs  # noqa: E402
 from bam_kernels.testing.traffic import measure  # noqa: E402
 
-SHAPE = (2, 256, 28, 28)
+SHAPES = ((2, 256, 56, 56), (4, 512, 28, 28), (4, 1024, 14, 14))  # ResNet-50's three bottlenecks
 # The passes over x do not depend on the tiles; the interpreter's time does.
 TILE = configs.Tile(128, 256, 4, 1)
 
 
-def count(kind: str, preset: str, fmt: torch.memory_format) -> dict[str, object]:
-    """One training step and one inference: x-sized passes, launches, bytes kept for backward."""
+def count(
+    kind: str, preset: str, shape: tuple[int, ...], fmt: torch.memory_format
+) -> dict[str, object]:
+    """One training step and one inference: passes, launches, bytes kept and bytes at the peak."""
     package = bam_kernels if kind == "fused" else bam_kernels.reference
-    module = package.BAM(SHAPE[1], preset=preset)
-    x = torch.randn(SHAPE).contiguous(memory_format=fmt).requires_grad_()
+    module = package.BAM(shape[1], preset=preset)
+    x = torch.randn(shape).contiguous(memory_format=fmt).requires_grad_()
     dout = torch.randn_like(x)
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, int] = {}
@@ -53,35 +58,58 @@ def count(kind: str, preset: str, fmt: torch.memory_format) -> dict[str, object]
         out = module(x)
     with measure(strict=True) as backward:
         out.backward(dout)
+    del out
+    x.grad = None
+    peak = peak_bytes(lambda: module(x).backward(dout))
     module.eval()
     with torch.no_grad(), measure(strict=True) as inference:
         module(x)
     meters = {"forward": forward, "backward": backward, "inference": inference}
+    size = x.untyped_storage().nbytes()
     return {
         "module": kind,
         "preset": preset,
+        "shape": list(shape),
         "layout": "channels_last" if fmt is torch.channels_last else "nchw",
         "passes": {name: round(meter.passes(x), 3) for name, meter in meters.items()},
         "launches": {name: meter.device_launches for name, meter in meters.items()},
-        "kept_for_backward": round(sum(kept.values()) / x.untyped_storage().nbytes(), 3),
+        "kept_for_backward": round(sum(kept.values()) / size, 3),
+        "peak": round(peak / size, 3),
         "outside_bytes": sum(meter.outside_bytes for meter in meters.values()),
     }
 
 
+def peak_bytes(step: Callable[[], None]) -> int:
+    """The most bytes that torch had allocated at once during `step`, beyond what was there."""
+    gc.collect()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
 def markdown(rows: list[dict]) -> str:
-    """The rows as the README's table."""
+    """The rows in NCHW as the README's table; the JSON has channels_last beside them."""
     lines = [
-        "| module | preset | layout | passes forward | backward | inference "
-        "| launches forward | backward | inference | kept for backward |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| shape | preset | module | passes forward | backward | inference "
+        "| launches forward | backward | inference | kept for backward | peak |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        if row["layout"] != "nchw":
+            continue
         passes, launches = row["passes"], row["launches"]
         lines.append(
-            f"| {row['module']} | {row['preset']} | {row['layout']} "
+            f"| {'x'.join(map(str, row['shape']))} | {row['preset']} | {row['module']} "
             f"| {passes['forward']:.1f} | {passes['backward']:.1f} | {passes['inference']:.1f} "
             f"| {launches['forward']} | {launches['backward']} | {launches['inference']} "
-            f"| {row['kept_for_backward']:.2f} x |"
+            f"| {row['kept_for_backward']:.2f} x | {row['peak']:.2f} x |"
         )
     return "\n".join(lines)
 
@@ -102,13 +130,20 @@ def main() -> None:
 
     torch.manual_seed(0)
     rows = []
+    cases = list(
+        itertools.product(
+            SHAPES,
+            ("paper", "official"),
+            (torch.contiguous_format, torch.channels_last),
+            ("eager", "fused"),
+        )
+    )
     with configs.override(**dict.fromkeys(configs.KERNELS, TILE)):
-        for preset in ("paper", "official"):
-            for fmt in (torch.contiguous_format, torch.channels_last):
-                rows += [count(kind, preset, fmt) for kind in ("fused", "eager")]
+        for i, (shape, preset, fmt, kind) in enumerate(cases, 1):
+            print(f"{i}/{len(cases)}", shape, preset, kind, file=sys.stderr, flush=True)
+            rows.append(count(kind, preset, shape, fmt))
     result = {
         "what": "counts under Triton's interpreter, float32; no times",
-        "shape": SHAPE,
         "machine": f"{platform.system()} {platform.machine()}, no GPU",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -30,19 +30,58 @@ def passes(module, shape, layout="nchw", dtype=torch.float32):
     return forward, backward, x.detach()
 
 
-@pytest.mark.parametrize("layout", ("nchw", "channels_last"))
+# ResNet-50's three bottlenecks; the middle one in the layout that the others have not.
+SITES = (
+    ((2, 256, 56, 56), "channels_last"),
+    ((4, 512, 28, 28), "nchw"),
+    ((4, 1024, 14, 14), "channels_last"),
+)
+
+
+@pytest.mark.parametrize("shape,layout", SITES, ids=name)
 @pytest.mark.parametrize("preset", ("paper", "official"))
-def test_three_passes_forward_and_five_backward(preset, layout, seed, large_tiles):
-    """At 2x256x28x28, as the paper's second ResNet-50 stage at half its width."""
-    forward, backward, x = passes(BAM(256, preset=preset), (2, 256, 28, 28), layout)
-    assert forward.passes(x) == pytest.approx(3.0, abs=0.01)
-    assert backward.passes(x) == pytest.approx(5.0, abs=0.01)
-    eager_forward, eager_backward, x = passes(
-        reference.BAM(256, preset=preset), (2, 256, 28, 28), layout
-    )
-    assert eager_forward.passes(x) > 2 * forward.passes(x)
-    assert eager_backward.passes(x) > 2 * backward.passes(x)
-    assert forward.device_launches < eager_forward.device_launches
+def test_three_passes_forward_and_five_backward(preset, shape, layout, seed, large_tiles):
+    """And in how many launches, and how little is kept for the backward."""
+    kept = Kept()
+    with kept:
+        forward, backward, x = passes(BAM(shape[1], preset=preset), shape, layout)
+    assert forward.passes(x) <= 3.0 + 1e-3
+    assert backward.passes(x) <= 5.0 + 1e-3
+    assert forward.device_launches <= 10
+    assert backward.device_launches <= 14
+    assert kept.beyond(x) <= 0.1
+    assert forward.outside_bytes == backward.outside_bytes == 0
+
+
+@pytest.mark.parametrize("preset", ("paper", "official"))
+def test_eager_moves_three_times_as_much(preset, seed):
+    """The reference by the same meter, so that the figures above mean something."""
+    shape = (2, 64, 14, 14)
+    kept = Kept()
+    with kept:
+        forward, backward, x = passes(reference.BAM(64, preset=preset), shape)
+    assert forward.passes(x) > 9 and backward.passes(x) > 15
+    assert forward.device_launches > 15 and backward.device_launches > 20
+    assert kept.beyond(x) > 1
+
+
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Storages that a graph keeps for its backward."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        super().__init__(self.pack, lambda t: t)
+
+    def pack(self, t: torch.Tensor) -> torch.Tensor:
+        if not isinstance(t, torch.nn.Parameter) and not isinstance(t._base, torch.nn.Parameter):
+            self.storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    def beyond(self, x: torch.Tensor) -> float:
+        """Their bytes in sizes of x, which they hold too and which is not counted."""
+        size = x.untyped_storage().nbytes()
+        assert x.untyped_storage().data_ptr() in self.storages
+        return sum(storage.nbytes() for storage in self.storages.values()) / size - 1
 
 
 def test_squeeze_excite_takes_three_passes(seed, large_tiles):

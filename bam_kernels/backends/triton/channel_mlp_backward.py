@@ -195,10 +195,8 @@ def _channel_mlp_backward_in_kernel(
         at_h = samples[:, None] * hidden + units[None, :]
         mask_h = in_n[:, None] & in_h[None, :]
         da = tl.zeros((BLOCK_N, BLOCK_H), ACC)
-        partial = dactive
-        for _ in range(blocks):
-            da += tl.load(partial + at_h, mask=mask_h, other=0.0)
-            partial += N * hidden
+        for block in range(blocks):
+            da += tl.load(dactive + block * N * hidden + at_h, mask=mask_h, other=0.0)
         y = tl.load(hidden_in + at_h, mask=mask_h, other=0.0)
         normalized, scale, u = _hidden(
             y, in_n, N, units, in_h, hidden_gamma, hidden_beta, hidden_mean, hidden_var,
@@ -295,6 +293,7 @@ def channel_mlp_backward(
         "BLOCK_C": block_c,
         "BLOCK_H": block_h,
         "num_warps": num_warps,
+        "num_stages": 1,  # nothing to hide: pipelining these short loops only costs registers
     }
     with device_guard(pooled):
         _channel_mlp_backward_out_kernel[(blocks,)](

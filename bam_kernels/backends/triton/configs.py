@@ -127,13 +127,15 @@ def split_weight_gradient(count: int) -> int:
     return max(1, min(count, 16))
 
 
-def split_channels(blocks: int, other_programs: int) -> int:
+def split_channels(blocks: int, other_programs: int, channels: int = 0, hidden: int = 0) -> int:
     """Into how many parts a program's walk over C is cut: as many as fill the GPU, at most 8.
 
     Small maps and batches (7x7, 14x14, N of 1 or 2) have too few (sample, tile) pairs to occupy it.
-    Beyond 8 the partial sums of the reduction, 8 * C / r rows of fp32, would rival x itself.
+    Each part of a reduction leaves `hidden` rows of fp32: no more than a quarter of C in all, or
+    writing them and reading them again would rival a pass over x.
     """
-    return max(1, min(blocks, 8, TARGET_PROGRAMS // max(other_programs, 1)))
+    most = max(1, channels // (4 * hidden)) if hidden else 8
+    return max(1, min(blocks, 8, most, TARGET_PROGRAMS // max(other_programs, 1)))
 
 
 def split_tiles(tiles: int, other_programs: int) -> int:

@@ -114,7 +114,8 @@ def pool_reduce_forward(
     hidden_blocks = max(1, triton.cdiv(hidden, block_h))
     position_tiles, blocks = triton.cdiv(w.p, t.block_p), triton.cdiv(w.c, t.block_c)
     blocks_per_split = triton.cdiv(
-        blocks, configs.split_channels(blocks, w.n * position_tiles * hidden_blocks)
+        blocks,
+        configs.split_channels(blocks, w.n * position_tiles * hidden_blocks, w.c, hidden),
     )
     splits = triton.cdiv(blocks, blocks_per_split)
     pool_whole = position_tiles == 1

@@ -60,6 +60,43 @@ def _sums_of_norm(
 
 
 @triton.jit
+def _gradient_vectors(
+    sums,
+    sums_count,
+    dnorm,
+    mean,
+    variance,
+    gamma,
+    units,
+    in_h,
+    hidden,
+    writes,
+    N,
+    positions,
+    EPS: tl.constexpr,
+    BATCH_STATS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """(mean, 1 / std, scale, mean gradient, mean product) [BLOCK_H], for `_load_gradient`."""
+    mu, rstd, scale, _ = affine(mean, variance, gamma, None, units, in_h, EPS, ACC, BLOCK_H)
+    mean_grad = tl.zeros((BLOCK_H,), ACC)
+    mean_product = mean_grad
+    if sums is not None:
+        if BATCH_STATS:
+            dbeta, dgamma = _sums_of_norm(
+                sums, sums_count, dnorm, units, in_h, hidden, writes, ACC, BLOCK_H, BLOCK_T
+            )
+            total = N.to(ACC) * positions.to(ACC)
+            mean_grad = dbeta / total
+            mean_product = dgamma / total
+        elif writes:
+            _sums_of_norm(sums, sums_count, dnorm, units, in_h, hidden, True, ACC, BLOCK_H, BLOCK_T)
+    return mu, rstd, scale, mean_grad, mean_product
+
+
+@triton.jit
 def _load_gradient(
     du, z, at, mask, mu, rstd, scale, mean_grad, mean_product, BATCH_STATS: tl.constexpr,
     ACC: tl.constexpr,
@@ -158,11 +195,12 @@ def _conv_input_gradient(
     pid,
     du,
     z,
-    mu,
-    rstd,
-    scale,
-    mean_grad,
-    mean_product,
+    sums,
+    sums_count,
+    dnorm,
+    mean,
+    variance,
+    gamma,
     weight,
     source,
     source_mean,
@@ -171,6 +209,7 @@ def _conv_input_gradient(
     source_beta,
     dsource,
     source_sums,
+    N,
     H,
     W,
     positions,
@@ -181,6 +220,7 @@ def _conv_input_gradient(
     stride_tap,
     hidden,
     DILATION: tl.constexpr,
+    EPS: tl.constexpr,
     SOURCE_EPS: tl.constexpr,
     BATCH_STATS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -188,6 +228,8 @@ def _conv_input_gradient(
     ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     """One tile of the gradient behind the norm of the convolution's input, masked by its ReLU."""
     n = (pid // tiles).to(tl.int64)
@@ -201,22 +243,29 @@ def _conv_input_gradient(
     base = n * hidden * positions
     DTYPE: tl.constexpr = du.dtype.element_ty
     acc = tl.zeros((BLOCK_H, BLOCK_P), ACC)
-    for tap in range(9):
-        down = (1 - tap // 3) * DILATION
-        right = (1 - tap % 3) * DILATION
-        inside = in_p & (row + down >= 0) & (row + down < H)
-        inside = inside & (column + right >= 0) & (column + right < W)
-        at = map_offsets(units, columns + (down * W + right), stride, 1, CHANNELS_LAST)
-        grad = _load_gradient(
-            du, z, base + at, in_h[:, None] & inside[None, :], mu, rstd, scale, mean_grad,
-            mean_product, BATCH_STATS, ACC,
+    for k in tl.static_range(0, BLOCK_H, BLOCK_K):
+        outs = k + tl.arange(0, BLOCK_K)
+        in_k = outs < hidden
+        mu, rstd, scale, mean_grad, mean_product = _gradient_vectors(
+            sums, sums_count, dnorm, mean, variance, gamma, outs, in_k, hidden, pid == 0, N,
+            positions, EPS, BATCH_STATS, ACC, BLOCK_K, BLOCK_T,
         )  # fmt: skip
-        w = tl.load(
-            weight + units[None, :] * stride_out + units[:, None] * stride_in + tap * stride_tap,
-            mask=in_h[None, :] & in_h[:, None],
-            other=0.0,
-        )
-        acc = dot(narrow(w.to(ACC), DTYPE), narrow(grad, DTYPE), acc, PRECISION)
+        for tap in range(9):
+            down = (1 - tap // 3) * DILATION
+            right = (1 - tap % 3) * DILATION
+            inside = in_p & (row + down >= 0) & (row + down < H)
+            inside = inside & (column + right >= 0) & (column + right < W)
+            at = map_offsets(outs, columns + (down * W + right), stride, 1, CHANNELS_LAST)
+            grad = _load_gradient(
+                du, z, base + at, in_k[:, None] & inside[None, :], mu, rstd, scale, mean_grad,
+                mean_product, BATCH_STATS, ACC,
+            )  # fmt: skip
+            w = tl.load(
+                weight + outs[None, :] * stride_out + units[:, None] * stride_in + tap * stride_tap,
+                mask=in_k[None, :] & in_h[:, None],
+                other=0.0,
+            )
+            acc = dot(narrow(w.to(ACC), DTYPE), narrow(grad, DTYPE), acc, PRECISION)
     mask = in_h[:, None] & in_p[None, :]
     at = base + map_offsets(units, columns, stride, 1, CHANNELS_LAST)
     value = tl.load(source + at, mask=mask, other=0.0).to(ACC)
@@ -242,11 +291,13 @@ def _conv_weight_gradient(
     pid,
     du,
     z,
-    mu,
-    rstd,
-    scale,
-    mean_grad,
-    mean_product,
+    sums,
+    sums_count,
+    dnorm,
+    writes,
+    mean,
+    variance,
+    gamma,
     source,
     source_mean,
     source_variance,
@@ -254,6 +305,7 @@ def _conv_weight_gradient(
     source_beta,
     dweight,
     dbias_at,
+    N,
     H,
     W,
     positions,
@@ -263,6 +315,7 @@ def _conv_weight_gradient(
     row_length,
     hidden,
     DILATION: tl.constexpr,
+    EPS: tl.constexpr,
     SOURCE_EPS: tl.constexpr,
     BATCH_STATS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -271,6 +324,7 @@ def _conv_weight_gradient(
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     """One tap, one block of input channels and one split of the tiles: a partial of dW and db."""
     tap = pid % 9
@@ -285,6 +339,10 @@ def _conv_weight_gradient(
     in_k = ins < hidden
     stride = hidden if CHANNELS_LAST else positions
     DTYPE: tl.constexpr = du.dtype.element_ty
+    mu, rstd, scale, mean_grad, mean_product = _gradient_vectors(
+        sums, sums_count, dnorm, mean, variance, gamma, units, in_h, hidden, writes, N, positions,
+        EPS, BATCH_STATS, ACC, BLOCK_H, BLOCK_T,
+    )  # fmt: skip
     source_mu, _, source_scale, source_shift = affine(
         source_mean, source_variance, source_gamma, source_beta, ins, in_k, SOURCE_EPS, ACC, BLOCK_K
     )
@@ -374,37 +432,28 @@ def _dilated_conv_backward_kernel(
     `data_programs` programs make dsource, a tile each, and the others dW's partials.
     """
     pid = tl.program_id(0)
-    units = tl.arange(0, BLOCK_H)
-    in_h = units < hidden
-    mu, rstd, scale, _ = affine(mean, variance, gamma, None, units, in_h, EPS, ACC, BLOCK_H)
-    mean_grad = tl.zeros((BLOCK_H,), ACC)
-    mean_product = mean_grad
-    if sums is not None:
-        if BATCH_STATS:
-            dbeta, dgamma = _sums_of_norm(
-                sums, sums_count, dnorm, units, in_h, hidden, pid == 0, ACC, BLOCK_H, BLOCK_T
-            )
-            total = N.to(ACC) * positions.to(ACC)
-            mean_grad = dbeta / total
-            mean_product = dgamma / total
-        elif pid == 0:
-            _sums_of_norm(sums, sums_count, dnorm, units, in_h, hidden, True, ACC, BLOCK_H, BLOCK_T)
     if pid < data_programs:
         if dsource is not None:
             _conv_input_gradient(
-                pid, du, z, mu, rstd, scale, mean_grad, mean_product, weight, source, source_mean,
-                source_variance, source_gamma, source_beta, dsource, source_sums, H, W, positions,
-                tiles, count, stride_out, stride_in, stride_tap, hidden, DILATION, SOURCE_EPS,
-                BATCH_STATS, CHANNELS_LAST, PRECISION, ACC, BLOCK_P, BLOCK_H,
+                pid, du, z, sums, sums_count, dnorm, mean, variance, gamma, weight, source,
+                source_mean, source_variance, source_gamma, source_beta, dsource, source_sums, N, H,
+                W, positions, tiles, count, stride_out, stride_in, stride_tap, hidden, DILATION,
+                EPS, SOURCE_EPS, BATCH_STATS, CHANNELS_LAST, PRECISION, ACC, BLOCK_P, BLOCK_H,
+                BLOCK_K, BLOCK_T,
             )  # fmt: skip
-    else:
-        if dweight is not None:
-            _conv_weight_gradient(
-                pid - data_programs, du, z, mu, rstd, scale, mean_grad, mean_product, source,
-                source_mean, source_variance, source_gamma, source_beta, dweight, dbias_at, H, W,
-                positions, tiles, count, tiles_per_split, row_length, hidden, DILATION, SOURCE_EPS,
-                BATCH_STATS, CHANNELS_LAST, PRECISION, ACC, BLOCK_P, BLOCK_H, BLOCK_K,
-            )  # fmt: skip
+    elif dweight is not None:
+        _conv_weight_gradient(
+            pid - data_programs, du, z, sums, sums_count, dnorm, pid == 0, mean, variance, gamma,
+            source, source_mean, source_variance, source_gamma, source_beta, dweight, dbias_at, N,
+            H, W, positions, tiles, count, tiles_per_split, row_length, hidden, DILATION, EPS,
+            SOURCE_EPS, BATCH_STATS, CHANNELS_LAST, PRECISION, ACC, BLOCK_P, BLOCK_H, BLOCK_K,
+            BLOCK_T,
+        )  # fmt: skip
+    elif sums is not None:  # frozen on both sides: the norm's own gradients are left
+        units = tl.arange(0, BLOCK_H)
+        _sums_of_norm(
+            sums, sums_count, dnorm, units, units < hidden, hidden, True, ACC, BLOCK_H, BLOCK_T
+        )
 
 
 @triton.jit(do_not_specialize=["N", "positions", "tiles", "sums_count"])
@@ -606,7 +655,7 @@ def _launch_conv_backward(
     dilation: int,
 ) -> None:
     weight, (stride_out, stride_in, stride_tap) = spread(weight)
-    block_k = min(m.block_h, 32) if m.block_h > 32 else m.block_h
+    block_k = min(m.block_h, 32)
     data_programs = 0 if dsource is None else m.count
     weight_programs = 0 if dconv is None else 9 * splits * (m.block_h // block_k)
     known = norm_arguments(norm)
