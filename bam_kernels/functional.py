@@ -275,13 +275,19 @@ def _update_running(taken: list[_Taken]) -> None:
         [each.norm.num_batches_tracked for each in kept],
         [each.mean for each in kept],
         [each.variance for each in kept],
-        [each.n / (each.n - 1) for each in kept],
+        [each.n for each in kept],
         [-1.0 if each.norm.momentum is None else each.norm.momentum for each in kept],
     )
 
 
 def unfusable(channel: ChannelBranch | None, spatial: SpatialBranch | None) -> str | None:
     """Why these branches cannot take the fused path; None if they can."""
+    for branch, kind in ((channel, ChannelBranch), (spatial, SpatialBranch)):
+        if branch is not None and not isinstance(branch, kind):
+            return (
+                f"a branch is a {type(branch).__name__}, not a {kind.__name__}, and the fused path "
+                "would not call it"
+            )
     if spatial is not None:
         if type(spatial.reduce) is not nn.Conv2d:
             return f"spatial.reduce is a {type(spatial.reduce).__name__}, not an nn.Conv2d"
@@ -369,20 +375,14 @@ def check_module_input(
 ) -> None:
     """Raise ValueError or TypeError, naming what was expected and what came, before any launch."""
     _check_map(x, "x")
-    n, c, h, w = x.shape
-    layer = channel.fc[0] if channel is not None else spatial.reduce
-    expected = layer.in_features if channel is not None else layer.in_channels
-    if c != expected:
-        raise ValueError(f"x: expected {expected} channels, got {c} in shape {list(x.shape)}")
-    if layer.weight.device != x.device:
-        raise ValueError(
-            f"x: expected a tensor on the parameters' device {layer.weight.device}, got {x.device}"
-        )
-    if layer.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(
-            f"x: expected the parameters' dtype {layer.weight.dtype} outside of autocast, "
-            f"got {x.dtype}"
-        )
+    n, _, h, w = x.shape
+    branch, layer = None, None
+    if isinstance(channel, ChannelBranch):
+        branch, layer, expected = channel, channel.fc[0], channel.fc[0].in_features
+    elif isinstance(spatial, SpatialBranch):
+        branch, layer, expected = spatial, spatial.reduce, spatial.reduce.in_channels
+    if layer is not None:
+        _check_against_layer(x, branch, layer, expected)
     if n == 0:
         return
     if channel is not None and n == 1:
@@ -391,14 +391,48 @@ def check_module_input(
         _check_batch_norms(spatial, "spatial", "one pixel", x)
 
 
+def _check_against_layer(x: Tensor, branch: nn.Module, layer: nn.Module, expected: int) -> None:
+    c = x.shape[1]
+    if c != expected:
+        raise ValueError(f"x: expected {expected} channels, got {c} in shape {list(x.shape)}")
+    # Hooks may put other parameters in place for the call: FSDP's gather, cast and move them.
+    hooked = _has_hooks(branch) or _has_hooks(layer)
+    if not hooked and layer.weight.device != x.device:
+        raise ValueError(
+            f"x: expected a tensor on the parameters' device {layer.weight.device}, got {x.device}"
+        )
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not hooked and layer.weight.dtype != x.dtype and not autocast:
+        raise TypeError(
+            f"x: expected the parameters' dtype {layer.weight.dtype} outside of autocast, "
+            f"got {x.dtype}"
+        )
+
+
 def _check_batch_norms(branch: nn.Module, name: str, what: str, x: Tensor) -> None:
     for part, module in branch.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and _uses_batch_stats(module):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if _uses_batch_stats(module) and not _synchronised(module):
             raise ValueError(
                 f"x: expected more than one value per channel in the batch norm {name}.{part} "
                 f"while it takes batch statistics, got {what} in shape {list(x.shape)}; "
                 "use a larger batch, or eval()"
             )
+
+
+def _synchronised(norm: nn.Module) -> bool:
+    """Whether the statistics are those of several processes, so that one value in each is enough.
+
+    As `nn.SyncBatchNorm` decides: while training, in a process group of more than one.
+    """
+    return (
+        isinstance(norm, nn.SyncBatchNorm)
+        and norm.training
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size(norm.process_group) > 1
+    )
 
 
 def _check_map(x: Tensor, name: str) -> None:

@@ -70,7 +70,7 @@ with compile_only("{target}") as reports:
                     backend.spatial_branch_backward(logits, statistics, *arguments, True, True)
         counters = [torch.empty((), dtype=torch.int64, device="meta")]
         running = [torch.empty(c, device="meta")]
-        backend.update_running(running, running, counters, running, running, [1.1], [0.1])
+        backend.update_running(running, running, counters, running, running, [11], [0.1])
 """
 
 

@@ -50,6 +50,27 @@ def mlp_arguments(device, hidden_stats=True, stats=True):
     )  # fmt: skip
 
 
+def spatial_arguments(device, preset="official", train=True):
+    """reduced, the lists of tensors, and the options of `spatial_branch`, all in float64."""
+    made = {"dtype": torch.float64, "device": device}
+    hidden, convolutions = 3, 2
+    widths = [hidden] * (convolutions + 1) if preset == "official" else [1]
+
+    def leaf(*shape):
+        return torch.randn(*shape, **made).requires_grad_()
+
+    statistics = [[torch.randn(w, **made), torch.rand(w, **made) + 0.5] for w in widths]
+    means, variances = ([], []) if train else map(list, zip(*statistics, strict=True))
+    return (
+        leaf(2, hidden, 4, 5),
+        [leaf(hidden, hidden, 3, 3) for _ in range(convolutions)],
+        [leaf(hidden) for _ in range(convolutions)],
+        leaf(hidden), leaf(1),
+        [leaf(w) for w in widths], [leaf(w) for w in widths], means, variances,
+        preset == "official", preset != "official", [train] * len(widths), [1e-5] * len(widths), 2,
+    )  # fmt: skip
+
+
 def opcheck(op, args):
     torch.library.opcheck(op.default, args)
 
@@ -103,6 +124,33 @@ def test_opcheck_channel_mlp(hidden_stats, stats, device, seed):
     opcheck(OPS.channel_mlp, mlp_arguments(device, hidden_stats, stats))
 
 
+@pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
+@pytest.mark.parametrize("preset", ("paper", "official"))
+def test_opcheck_spatial_branch(preset, train, device, seed):
+    arguments = spatial_arguments(device, preset, train)
+    opcheck(OPS.spatial_branch, arguments)
+    detached = [
+        [t.detach() for t in a] if isinstance(a, list) and a and isinstance(a[0], torch.Tensor)
+        else a.detach() if isinstance(a, torch.Tensor) else a
+        for a in arguments
+    ]  # fmt: skip
+    logits, statistics = OPS.spatial_branch(*detached)
+    dlogits = torch.randn_like(logits)
+    opcheck(OPS.spatial_branch_backward, (dlogits, statistics, *detached, True, True))
+    opcheck(OPS.spatial_branch_backward, (dlogits, statistics, *detached, False, False))
+
+
+def test_opcheck_update_running(device, seed):
+    def vectors(dtype=torch.float32):
+        return [torch.rand(n, device=device).to(dtype) for n in (3, 7)]
+
+    counters = [torch.tensor(n, device=device) for n in (0, 4)]
+    opcheck(
+        OPS.update_running,
+        (vectors(), vectors(), counters, vectors(), vectors(), [3, 11], [0.1, -1.0]),
+    )
+
+
 def check_derivatives(function, *arguments):
     # Fast mode: one random projection in place of every element, since each takes a launch.
     assert gradcheck(function, arguments, fast_mode=True)
@@ -138,6 +186,26 @@ def test_channel_mlp_derivatives(hidden_stats, stats, device, seed):
     check_derivatives(
         lambda *tensors: OPS.channel_mlp(*tensors, *arguments[13:])[0], *arguments[:13]
     )
+
+
+@pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
+@pytest.mark.parametrize("preset", ("paper", "official"))
+def test_spatial_branch_derivatives(preset, train, device, seed):
+    arguments = spatial_arguments(device, preset, train)
+    groups = [[arguments[0]], *arguments[1:3], [arguments[3]], [arguments[4]], *arguments[5:7]]
+    shapes = [[t.shape for t in group] for group in groups]
+    # One vector: finite differences are taken once for all inputs, not once for each.
+    flat = torch.cat([t.detach().flatten() for group in groups for t in group]).requires_grad_()
+
+    def function(flat):
+        parts = iter(flat.split([shape.numel() for group in shapes for shape in group]))
+        lists = [[next(parts).view(shape) for shape in group] for group in shapes]
+        (reduced,), weights, biases, (project,), (bias,), gammas, betas = lists
+        return OPS.spatial_branch(
+            reduced, weights, biases, project, bias, gammas, betas, *arguments[7:]
+        )[0]
+
+    check_derivatives(function, flat)
 
 
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))

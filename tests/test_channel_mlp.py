@@ -49,7 +49,7 @@ def check(channels, samples, dtype, device, train, options, draws=1):
         pooled = torch.randn(samples, channels, device=device).to(dtype)
         dlogits = torch.randn(samples, channels, device=device).to(dtype)
         assert functional.unfusable_mlp(branch, samples) is None
-        ours = run(functional._channel_logits, branch, pooled, dlogits)
+        ours = run(fused, branch, pooled, dlogits)
         truth = run(plain, truth_branch, pooled.double(), dlogits.double())
         eager = run(plain, eager_branch, pooled, dlogits)
         scale = max(t.norm().item() for key, t in truth.items() if key.startswith("dfc"))
@@ -71,6 +71,14 @@ def check(channels, samples, dtype, device, train, options, draws=1):
 
 def plain(pooled, branch):
     return branch.from_pooled(pooled)
+
+
+def fused(pooled, branch):
+    """What a module does with its pooled vector."""
+    taken = []
+    logits = functional._channel_logits(pooled, branch, taken)
+    functional._update_running(taken)
+    return logits
 
 
 OPTIONS = {
@@ -104,7 +112,7 @@ def test_running_statistics(momentum, device, seed):
     truth = copy.deepcopy(ours)
     for _ in range(3):
         pooled = torch.randn(6, 37, dtype=torch.float64, device=device)
-        functional._channel_logits(pooled, ours)
+        fused(pooled, ours)
         truth.from_pooled(pooled)
     for (key, a), b in zip(ours.named_buffers(), truth.buffers(), strict=True):
         assert_parity(key, a.double(), b.double())
@@ -125,7 +133,7 @@ def test_a_frozen_norm_in_a_training_network(device, seed):
     before = branch.norm.running_mean.clone()
     truth = copy.deepcopy(branch)
     pooled = torch.randn(6, 37, dtype=torch.float64, device=device)
-    assert_parity("logits", functional._channel_logits(pooled, branch), truth.from_pooled(pooled))
+    assert_parity("logits", fused(pooled, branch), truth.from_pooled(pooled))
     assert torch.equal(branch.norm.running_mean, before)
     assert not torch.equal(branch.hidden_norm[0].running_mean, torch.zeros_like(before[:4]))
     for (key, a), b in zip(branch.named_buffers(), truth.buffers(), strict=True):

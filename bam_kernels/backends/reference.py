@@ -422,17 +422,17 @@ def update_running(
     counters: list[Tensor],
     batch_means: list[Tensor],
     batch_variances: list[Tensor],
-    corrections: list[float],
+    counts: list[int],
     momenta: list[float],
 ) -> None:
     """In place, for each norm: counter + 1, and its statistics moved towards the batch's.
 
-    corrections are n / (n - 1), which makes a batch's variance of n values unbiased; a negative
-    momentum asks for a cumulative average, 1 / counter.
+    counts are the values of a channel in the batch, n, whose variance is made unbiased by
+    n / (n - 1); a negative momentum asks for a cumulative average, 1 / counter.
     """
     for i, (mean, variance, counter) in enumerate(zip(means, variances, counters, strict=True)):
         counter.add_(1)
         weight = momenta[i] if momenta[i] >= 0 else 1.0 / counter.to(batch_means[i].dtype)
-        unbiased = batch_variances[i] * corrections[i]
+        unbiased = batch_variances[i] * (counts[i] / (counts[i] - 1))
         mean.copy_(torch.lerp(mean.to(unbiased.dtype), batch_means[i].to(unbiased.dtype), weight))
         variance.copy_(torch.lerp(variance.to(unbiased.dtype), unbiased, weight))

@@ -12,7 +12,7 @@ def _update_running(means, *rest):
 
 register(
     "update_running(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] counters,"
-    " Tensor[] batch_means, Tensor[] batch_variances, float[] corrections, float[] momenta) -> ()",
+    " Tensor[] batch_means, Tensor[] batch_variances, SymInt[] counts, float[] momenta) -> ()",
     _update_running,
     lambda *_: None,
 )

@@ -93,6 +93,7 @@ def _channel_mlp_backward_out_kernel(
     BATCH_STATS: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
+    LOOP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -109,7 +110,7 @@ def _channel_mlp_backward_out_kernel(
     db = tl.zeros((BLOCK_C,), ACC)
     total_gamma = tl.zeros((BLOCK_C,), ACC)
     total_beta = tl.zeros((BLOCK_C,), ACC)
-    for start in range(0, N, BLOCK_N):
+    for start in range(0, N if LOOP else 1, BLOCK_N):
         samples = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         in_n = samples < N
         at_h = samples[:, None] * hidden + units[None, :]
@@ -172,6 +173,7 @@ def _channel_mlp_backward_in_kernel(
     HIDDEN_BATCH_STATS: tl.constexpr,
     HIDDEN_EPS: tl.constexpr,
     ACC: tl.constexpr,
+    LOOP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -189,7 +191,7 @@ def _channel_mlp_backward_in_kernel(
     db = tl.zeros((BLOCK_H,), ACC)
     total_gamma = tl.zeros((BLOCK_H,), ACC)
     total_beta = tl.zeros((BLOCK_H,), ACC)
-    for start in range(0, N, BLOCK_N):
+    for start in range(0, N if LOOP else 1, BLOCK_N):
         samples = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         in_n = samples < N
         at_h = samples[:, None] * hidden + units[None, :]
@@ -289,6 +291,7 @@ def channel_mlp_backward(
         "HIDDEN_BATCH_STATS": hidden_batch_stats,
         "HIDDEN_EPS": hidden_eps,
         "ACC": accumulator(pooled.dtype),
+        "LOOP": n > block_n,
         "BLOCK_N": block_n,
         "BLOCK_C": block_c,
         "BLOCK_H": block_h,

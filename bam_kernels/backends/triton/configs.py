@@ -105,8 +105,12 @@ def channel_mlp_blocks(
     """
     block_n = max(next_power_of_2(samples), _LEAST) if batch_stats else _LEAST
     block_h = max(next_power_of_2(hidden), _LEAST)
+    if backward and not batch_stats:  # mostly the whole batch, and no loop
+        block_n = max(_LEAST, min(next_power_of_2(samples), 2048 // block_h))
     num_warps = 16 if block_h > 64 else 8 if block_n * block_h >= 4096 else 4
     block_c = 16 if itemsize == 8 else 32
+    if backward and (block_h > 32 or itemsize == 8):
+        num_warps = max(num_warps, 8)
     if entry := _overrides.get("channel_mlp"):
         block_c, num_warps = entry.block_c, entry.num_warps
     return block_n, block_c, block_h, num_warps
@@ -197,12 +201,15 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
 
 
 def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
-    # The accumulator is hidden x block_p, and nine shifted tiles of the input pass through.
+    # The accumulator is hidden x block_p, and nine shifted tiles of the input pass through. Wider
+    # tiles spill in the backward convolution, which applies a norm's gradient as it loads.
     if itemsize == 8:
         return Tile(0, 32, 4, 1)
-    if hidden > 32:
-        return Tile(0, 64, 8, 1)
-    return Tile(0, 128, 4 if itemsize == 2 else 8, 1)
+    if itemsize == 2:
+        return Tile(0, 32, 8, 1) if hidden > 32 else Tile(0, 128, 8 if hidden > 16 else 4, 1)
+    if precision == "ieee" and hidden > 16:
+        return Tile(0, 16 if hidden > 32 else 32, 8, 1)
+    return Tile(0, 64, 4 if hidden <= 16 else 8, 1)
 
 
 _TABLES = {
