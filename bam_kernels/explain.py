@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from bam_kernels import functional
+from bam_kernels import functional, fusable
 from bam_kernels.dispatch import BACKENDS, choose_backend, requested_backend, why_not
 from bam_kernels.modules import BAM, SqueezeExcite
 
@@ -58,14 +58,14 @@ def explain(module: BAM | SqueezeExcite, x: Tensor) -> Explanation:
             reasons[name] = why_not(name, x.device.type) or f"{backend!r} was chosen before it"
     notes: list[str] = []
     if backend != "reference":
-        whole = "the batch is empty" if x.shape[0] == 0 else functional.unfusable(channel, spatial)
+        whole = "the batch is empty" if x.shape[0] == 0 else fusable.unfusable(channel, spatial)
         if whole is not None:
             reasons[backend] = whole
             backend = "reference"
         elif channel is not None:
-            part = functional.unfusable_mlp(channel, x.shape[0])
+            part = fusable.unfusable_mlp(channel, x.shape[0])
             notes += [] if part is None else [f"the channel MLP runs as PyTorch's own: {part}"]
         if spatial is not None and whole is None:
-            part = functional.unfusable_spatial(spatial)
+            part = fusable.unfusable_spatial(spatial)
             notes += [] if part is None else [f"the spatial branch runs as PyTorch's own: {part}"]
     return Explanation(backend, requested, reasons, tuple(notes))

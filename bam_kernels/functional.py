@@ -14,12 +14,14 @@ from bam_kernels import ops, reference  # noqa: F401 - importing ops registers t
 from bam_kernels.backends.reference import split_statistics
 from bam_kernels.config import check_combine
 from bam_kernels.dispatch import DTYPES, choose_backend, log_once
+from bam_kernels.fusable import (
+    has_hooks,
+    unfusable,
+    unfusable_mlp,
+    unfusable_spatial,
+    uses_batch_stats,
+)
 from bam_kernels.reference import ChannelBranch, SpatialBranch
-
-# Activations, BLOCK_N * BLOCK_H, that a program of the fused channel MLP holds in registers; with
-# batch statistics BLOCK_N is the whole batch. More would spill, by ahead-of-time compilation: the
-# limit is lower where the hidden layer is wider than 64.
-_MLP_REGISTERS, _WIDE_MLP_REGISTERS = 8192, 4096
 
 
 def gate(
@@ -143,7 +145,22 @@ def bam(
     _update_running(taken)
     if observer is not None:
         observer(c, s)
+    n, _, h, w = x.shape
+    reason = _not_logits(c, "channel", (*x.shape[:2],), x) or _not_logits(
+        s, "spatial", (n, 1, h, w), x
+    )
+    if reason is not None:
+        log_once(f"running plain PyTorch's gate: {reason}")
+        return reference.gate(x, c, s, combine, residual).to(x.dtype)
     return torch.ops.bam_kernels.gate_linked(x, c, s, *links, combine, residual)
+
+
+def _not_logits(t: Tensor | None, branch: str, shape: tuple[int, ...], x: Tensor) -> str | None:
+    """Why the kernels cannot take what a branch returned: a layer was replaced, and torch would
+    broadcast its logits, or raise; None if they can."""
+    if t is None or (tuple(t.shape) == shape and t.dtype in DTYPES and t.device == x.device):
+        return None
+    return f"the {branch} branch gives {str(t.dtype).removeprefix('torch.')} {list(t.shape)}"
 
 
 def _plain(
@@ -181,7 +198,7 @@ def _channel_logits(pooled: Tensor, branch: ChannelBranch, taken: list[_Taken]) 
     fc0, fc1 = branch.fc[0], branch.fc[1]
     hidden_norm = None if branch.hidden_norm is None else branch.hidden_norm[0]
     norm = branch.norm
-    hidden_stats, stats = _uses_batch_stats(hidden_norm), _uses_batch_stats(norm)
+    hidden_stats, stats = uses_batch_stats(hidden_norm), uses_batch_stats(norm)
     logits, _, hidden_mean, hidden_var, mean, var = torch.ops.bam_kernels.channel_mlp(
         pooled,
         fc0.weight,
@@ -214,7 +231,7 @@ def _spatial_logits(reduced: Tensor, branch: SpatialBranch, taken: list[_Taken])
     convs = list(branch.dilated)
     norms = [] if branch.hidden_norm is None else list(branch.hidden_norm)
     norms += [] if branch.norm is None else [branch.norm]
-    batch_stats = [_uses_batch_stats(norm) for norm in norms]
+    batch_stats = [uses_batch_stats(norm) for norm in norms]
     known = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
     affine = bool(norms) and norms[0].weight is not None
     logits, statistics = torch.ops.bam_kernels.spatial_branch(
@@ -248,13 +265,8 @@ def _norm_tensors(
     if norm is None:
         return None, None, None, None
     # Statistics that are not read are not passed: they are about to be updated in place.
-    stats = (None, None) if _uses_batch_stats(norm) else (norm.running_mean, norm.running_var)
+    stats = (None, None) if uses_batch_stats(norm) else (norm.running_mean, norm.running_var)
     return norm.weight, norm.bias, *stats
-
-
-def _uses_batch_stats(norm: nn.Module | None) -> bool:
-    """As torch's batch norm decides: while training, or where no statistics are kept."""
-    return norm is not None and (norm.training or norm.running_mean is None)
 
 
 @torch.no_grad()
@@ -280,93 +292,6 @@ def _update_running(taken: list[_Taken]) -> None:
     )
 
 
-def unfusable(channel: ChannelBranch | None, spatial: SpatialBranch | None) -> str | None:
-    """Why these branches cannot take the fused path; None if they can."""
-    for branch, kind in ((channel, ChannelBranch), (spatial, SpatialBranch)):
-        if branch is not None and not isinstance(branch, kind):
-            return (
-                f"a branch is a {type(branch).__name__}, not a {kind.__name__}, and the fused path "
-                "would not call it"
-            )
-    if spatial is not None:
-        if type(spatial.reduce) is not nn.Conv2d:
-            return f"spatial.reduce is a {type(spatial.reduce).__name__}, not an nn.Conv2d"
-        if _has_hooks(spatial.reduce):
-            return "spatial.reduce has hooks, which a fused reduction would not call"
-        if _has_hooks(spatial):
-            return "the spatial branch has hooks, which the fused path would not call"
-    if channel is not None and _has_hooks(channel):
-        return "the channel branch has hooks, which the fused path would not call"
-    return None
-
-
-def unfusable_mlp(branch: ChannelBranch, samples: int) -> str | None:
-    """Why the channel MLP runs as PyTorch's own operators; None if it runs as one kernel."""
-    if len(branch.fc) != 2:
-        return f"the channel MLP has {len(branch.fc) - 1} hidden layers; the kernel takes one"
-    norms = [] if branch.hidden_norm is None else list(branch.hidden_norm)
-    norms += [] if branch.norm is None else [branch.norm]
-    for module in (*branch.fc, *norms):
-        if type(module) not in (nn.Linear, nn.BatchNorm1d):
-            return f"the channel MLP holds a {type(module).__name__}"
-        if _has_hooks(module):
-            return "a layer of the channel MLP has hooks, which the kernel would not call"
-    hidden = _next_power_of_2(branch.fc[0].out_features)
-    batch = 16
-    if any(_uses_batch_stats(norm) for norm in norms):
-        batch = _next_power_of_2(samples)
-    if batch * hidden > (_MLP_REGISTERS if hidden <= 64 else _WIDE_MLP_REGISTERS):
-        return f"a batch of {samples} with {hidden} hidden units outgrows one program's registers"
-    return None
-
-
-_MOST_HIDDEN = 128  # the spatial kernels hold all hidden channels of a tile
-
-
-def unfusable_spatial(branch: SpatialBranch) -> str | None:
-    """Why what follows the reduction runs as PyTorch's own operators; None if it is fused."""
-    convs = list(branch.dilated)
-    norms = [] if branch.hidden_norm is None else list(branch.hidden_norm)
-    norms += [] if branch.norm is None else [branch.norm]
-    hidden = branch.reduce.out_channels
-    if hidden > _MOST_HIDDEN:
-        return f"it is {hidden} channels wide inside; the kernels take {_MOST_HIDDEN} at most"
-    for module in (*convs, branch.project, *norms):
-        if type(module) not in (nn.Conv2d, nn.BatchNorm2d):
-            return f"it holds a {type(module).__name__}"
-        if _has_hooks(module):
-            return "one of its layers has hooks, which the kernels would not call"
-    for i, conv in enumerate(convs):
-        d = convs[0].dilation[0]
-        expected = ((hidden, hidden, 3, 3), (1, 1), (d, d), (d, d), "zeros")
-        found = (tuple(conv.weight.shape), conv.stride, conv.dilation, conv.padding)
-        if (*found, conv.padding_mode) != expected:
-            return f"dilated.{i} is not a 3x3 convolution of {hidden} channels that keeps the size"
-        if (conv.bias is None) != (convs[0].bias is None):
-            return "some of its dilated convolutions have a bias and some have none"
-    project = branch.project
-    if tuple(project.weight.shape) != (1, hidden, 1, 1) or project.stride != (1, 1):
-        return "project is not a 1x1 convolution to one channel"
-    if project.padding != (0, 0):
-        return "project is padded"
-    if len({norm.affine for norm in norms}) > 1:
-        return "some of its batch norms have an affine map and some have none"
-    return None
-
-
-def _next_power_of_2(n: int) -> int:
-    return max(16, 1 << max(n - 1, 0).bit_length())
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 # --- checks -----------------------------------------------------------------------------------
 
 
@@ -375,14 +300,22 @@ def check_module_input(
 ) -> None:
     """Raise ValueError or TypeError, naming what was expected and what came, before any launch."""
     _check_map(x, "x")
-    n, _, h, w = x.shape
-    branch, layer = None, None
-    if isinstance(channel, ChannelBranch):
-        branch, layer, expected = channel, channel.fc[0], channel.fc[0].in_features
-    elif isinstance(spatial, SpatialBranch):
-        branch, layer, expected = spatial, spatial.reduce, spatial.reduce.in_channels
-    if layer is not None:
-        _check_against_layer(x, branch, layer, expected)
+    n, c, h, w = x.shape
+    for branch, layer, expected in _first_layers(channel, spatial):
+        if c != expected:
+            raise ValueError(f"x: expected {expected} channels, got {c} in shape {list(x.shape)}")
+        if has_hooks(branch) or has_hooks(layer):
+            continue  # they may put other parameters in place: FSDP's gather, cast and move them
+        weight = layer.weight
+        if weight.device != x.device:
+            raise ValueError(
+                f"x: expected a tensor on the parameters' device {weight.device}, got {x.device}"
+            )
+        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"x: expected the parameters' dtype {weight.dtype} outside of autocast, "
+                f"got {x.dtype}"
+            )
     if n == 0:
         return
     if channel is not None and n == 1:
@@ -391,29 +324,24 @@ def check_module_input(
         _check_batch_norms(spatial, "spatial", "one pixel", x)
 
 
-def _check_against_layer(x: Tensor, branch: nn.Module, layer: nn.Module, expected: int) -> None:
-    c = x.shape[1]
-    if c != expected:
-        raise ValueError(f"x: expected {expected} channels, got {c} in shape {list(x.shape)}")
-    # Hooks may put other parameters in place for the call: FSDP's gather, cast and move them.
-    hooked = _has_hooks(branch) or _has_hooks(layer)
-    if not hooked and layer.weight.device != x.device:
-        raise ValueError(
-            f"x: expected a tensor on the parameters' device {layer.weight.device}, got {x.device}"
-        )
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if not hooked and layer.weight.dtype != x.dtype and not autocast:
-        raise TypeError(
-            f"x: expected the parameters' dtype {layer.weight.dtype} outside of autocast, "
-            f"got {x.dtype}"
-        )
+def _first_layers(
+    channel: ChannelBranch | None, spatial: SpatialBranch | None
+) -> list[tuple[nn.Module, nn.Module, int]]:
+    """By branch the layer that takes x, and its channels. Only torch's own: another may compute its
+    weight anew, with effects, whenever it is looked at (spectral_norm), and checks for itself."""
+    found: list[tuple[nn.Module, nn.Module, int]] = []
+    if isinstance(channel, ChannelBranch) and type(channel.fc[0]) is nn.Linear:
+        found.append((channel, channel.fc[0], channel.fc[0].in_features))
+    if isinstance(spatial, SpatialBranch) and type(spatial.reduce) is nn.Conv2d:
+        found.append((spatial, spatial.reduce, spatial.reduce.in_channels))
+    return found
 
 
 def _check_batch_norms(branch: nn.Module, name: str, what: str, x: Tensor) -> None:
     for part, module in branch.named_modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
-        if _uses_batch_stats(module) and not _synchronised(module):
+        if uses_batch_stats(module) and not _synchronised(module):
             raise ValueError(
                 f"x: expected more than one value per channel in the batch norm {name}.{part} "
                 f"while it takes batch statistics, got {what} in shape {list(x.shape)}; "

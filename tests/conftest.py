@@ -15,6 +15,7 @@ import torch
 _HAS_GPU = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
 if not _HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)  # interpreted kernels are one thread; a pool only steals their core
 
 # The tables of tolerances are for fp32 arithmetic; the test of TF32 switches it on for itself.
 torch.backends.cudnn.allow_tf32 = False

@@ -47,7 +47,8 @@ with compile_only("{target}") as reports:
             none, batch = (False, False, 1e-5), (True, train, 1e-5)
             backend.channel_mlp_forward(*layers, *absent, *final, *none, *batch)
             backend.channel_mlp_forward(*layers, *hidden, *absent, *batch, *none)
-            kept = empty(32, h).float()
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            kept = empty(32, h).to(wide)
             backward = (pooled, kept, *layers)
             backend.channel_mlp_backward(
                 *backward, *absent, final[0], *final[2:], *none, *batch, True
@@ -55,19 +56,22 @@ with compile_only("{target}") as reports:
             backend.channel_mlp_backward(
                 *backward, *hidden, None, None, None, *batch, *none, True
             )
-            for fmt in (torch.contiguous_format, torch.channels_last):
-                for preset in ("paper", "official"):
-                    reduced = empty(32, h, side, side).contiguous(memory_format=fmt)
-                    widths = [1] if preset == "paper" else [h, h, h]
-                    vectors = [[empty(width).float() for width in widths] for _ in range(4)]
-                    known = [[], []] if train else vectors[2:]
-                    arguments = (
-                        reduced, [empty(h, h, 3, 3)] * 2, [empty(h)] * 2, empty(h), empty(1),
-                        *vectors[:2], *known, preset != "paper", preset == "paper",
-                        [train] * len(widths), [1e-5] * len(widths), 4,
-                    )
-                    logits, statistics = backend.spatial_branch_forward(*arguments)
-                    backend.spatial_branch_backward(logits, statistics, *arguments, True, True)
+        nchw, last = torch.contiguous_format, torch.channels_last
+        for preset, fmt, train in (
+            ("paper", nchw, True), ("paper", last, False),
+            ("official", nchw, True), ("official", last, True),
+        ):
+            reduced = empty(32, h, side, side).contiguous(memory_format=fmt)
+            widths = [1] if preset == "paper" else [h, h, h]
+            vectors = [[empty(width).float() for width in widths] for _ in range(4)]
+            known = [[], []] if train else vectors[2:]
+            arguments = (
+                reduced, [empty(h, h, 3, 3)] * 2, [empty(h)] * 2, empty(h), empty(1),
+                *vectors[:2], *known, preset != "paper", preset == "paper",
+                [train] * len(widths), [1e-5] * len(widths), 4,
+            )
+            logits, statistics = backend.spatial_branch_forward(*arguments)
+            backend.spatial_branch_backward(logits, statistics, *arguments, True, True)
         counters = [torch.empty((), dtype=torch.int64, device="meta")]
         running = [torch.empty(c, device="meta")]
         backend.update_running(running, running, counters, running, running, [11], [0.1])

@@ -10,7 +10,7 @@ from cases import DTYPES, name
 from tolerances import Errors, assert_parity
 from torch import nn
 
-from bam_kernels import functional, reference
+from bam_kernels import functional, fusable, reference
 from bam_kernels.config import resolve
 
 
@@ -48,7 +48,7 @@ def check(channels, samples, dtype, device, train, options, draws=1):
         eager_branch = copy.deepcopy(branch)
         pooled = torch.randn(samples, channels, device=device).to(dtype)
         dlogits = torch.randn(samples, channels, device=device).to(dtype)
-        assert functional.unfusable_mlp(branch, samples) is None
+        assert fusable.unfusable_mlp(branch, samples) is None
         ours = run(fused, branch, pooled, dlogits)
         truth = run(plain, truth_branch, pooled.double(), dlogits.double())
         eager = run(plain, eager_branch, pooled, dlogits)
@@ -143,13 +143,13 @@ def test_a_frozen_norm_in_a_training_network(device, seed):
 def test_what_is_left_to_torch():
     """Each reason names its cause, and a plain branch has none."""
     branch = make_branch(64, torch.float32, "cpu")
-    assert functional.unfusable_mlp(branch, 8) is None
-    assert "batch of 4096" in functional.unfusable_mlp(branch, 4096)
-    assert functional.unfusable_mlp(branch.eval(), 4096) is None
+    assert fusable.unfusable_mlp(branch, 8) is None
+    assert "over 512 samples" in fusable.unfusable_mlp(branch, 4096)
+    assert fusable.unfusable_mlp(branch.eval(), 4096) is None
     handle = branch.fc[0].register_forward_hook(lambda *_: None)
-    assert "hooks" in functional.unfusable_mlp(branch, 8)
+    assert "hooks" in fusable.unfusable_mlp(branch, 8)
     handle.remove()
     deep = reference.ChannelBranch(resolve(64, 8, mlp_layers=3))
-    assert "3 hidden layers" in functional.unfusable_mlp(deep, 8)
+    assert "3 hidden layers" in fusable.unfusable_mlp(deep, 8)
     branch.norm = nn.SyncBatchNorm.convert_sync_batchnorm(branch.norm)
-    assert "SyncBatchNorm" in functional.unfusable_mlp(branch, 8)
+    assert "SyncBatchNorm" in fusable.unfusable_mlp(branch, 8)

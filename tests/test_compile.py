@@ -30,7 +30,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.utils import fresh_inductor_cache
 
-from bam_kernels import BAM, SqueezeExcite, functional, insert_bam, reference
+from bam_kernels import BAM, SqueezeExcite, fusable, insert_bam, reference
 from bam_kernels.backends.triton import configs
 from bam_kernels.testing import traffic
 
@@ -176,13 +176,13 @@ def test_batch_sizes_recompile_once(kind, mode, device, seed, large_tiles):
 def test_batch_sizes_beyond_the_fused_mlp_recompile_once(monkeypatch, device, seed, large_tiles):
     """Where a batch outgrows the kernel of the channel MLP, neither the limit nor the words about
     it tie the graph to one size."""
-    monkeypatch.setattr(functional, "_MLP_REGISTERS", 16 * 16)
+    monkeypatch.setattr(fusable, "_MLP_REGISTERS", 16 * 16)
     model = randomize(BAM(24, 4)).to(device).double()
-    assert functional.unfusable_mlp(model.channel, 16) is None
+    assert fusable.unfusable_mlp(model.channel, 16) is None
     twin, graphs = copy.deepcopy(model), Graphs()
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
     for n in (17, 18, 20, 19):
-        assert functional.unfusable_mlp(model.channel, n) is not None
+        assert fusable.unfusable_mlp(model.channel, n) is not None
         x = make_map((n, 24, 2, 3), torch.float64, device)
         assert_close(step(model, compiled, x), step(twin, twin, x), 1e-11)
     assert_one_graph(graphs, gates=1, compilations=2)

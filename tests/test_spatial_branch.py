@@ -11,7 +11,7 @@ from test_module import randomize
 from tolerances import Errors, assert_parity
 from torch import nn
 
-from bam_kernels import functional, reference
+from bam_kernels import functional, fusable, reference
 from bam_kernels.backends.triton import configs
 from bam_kernels.config import resolve
 
@@ -56,7 +56,7 @@ def check(branch, shape, device, channels_last=False, draws=1):
         reduced = torch.randn(n, branch.reduce.out_channels, h, w, device=device).to(dtype)
         if channels_last:
             reduced = reduced.contiguous(memory_format=torch.channels_last)
-        assert functional.unfusable_spatial(ours) is None
+        assert fusable.unfusable_spatial(ours) is None
         # In eval mode positive, so that sums over the map are not of noise alone.
         dlogits = torch.randn(n, 1, h, w, device=device).to(dtype)
         dlogits = dlogits if train else dlogits.abs()
@@ -171,7 +171,7 @@ def test_without_bias_or_affine(device, seed):
 def test_what_is_left_to_torch():
     """Each reason names its cause, and a plain branch has none."""
     branch = reference.SpatialBranch(resolve(64, 4, preset="official"))
-    assert functional.unfusable_spatial(branch) is None
+    assert fusable.unfusable_spatial(branch) is None
     cases = {
         "SyncBatchNorm": lambda b: nn.SyncBatchNorm.convert_sync_batchnorm(b),
         "hooks": lambda b: b.project.register_forward_hook(lambda *_: None),
@@ -184,6 +184,6 @@ def test_what_is_left_to_torch():
     for expected, change in cases.items():
         changed = copy.deepcopy(branch)
         change(changed)
-        assert expected in functional.unfusable_spatial(changed), expected
+        assert expected in fusable.unfusable_spatial(changed), expected
     wide = reference.SpatialBranch(resolve(2064))
-    assert "129 channels wide" in functional.unfusable_spatial(wide)
+    assert "129 channels wide" in fusable.unfusable_spatial(wide)

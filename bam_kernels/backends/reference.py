@@ -367,7 +367,7 @@ def spatial_branch_backward(
     biases, project_weight, project_bias, gammas, betas = rest[:5]
     *rest, need_reduced, need_weights = rest[5:]
     named = [reduced, *weights, *biases, project_weight, project_bias, *gammas, *betas]
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(reduced.device.type, enabled=False):
         leaves = [None if t is None else t.detach().requires_grad_() for t in named]
         parts = iter(leaves)
 

@@ -8,6 +8,7 @@ from bam_kernels.backends import reference
 from bam_kernels.ops.registry import (
     backend_of,
     differentiable_backward,
+    no_autocast,
     register,
     register_autograd,
 )
@@ -43,6 +44,11 @@ register(
 _MLP_BACKWARD_TENSORS = _MLP_TENSORS.replace(" Tensor? beta,", "")
 
 
+def _channel_mlp_backward(dlogits, *rest):
+    with no_autocast(dlogits):
+        return backend_of(dlogits).channel_mlp_backward(dlogits, *rest)
+
+
 def _channel_mlp_backward_fake(dlogits, kept, pooled, weight0, bias0, weight1, *rest):
     hidden_gamma, gamma, hidden_norm, norm, need_pooled = (
         rest[1],
@@ -69,7 +75,7 @@ register(
     f"channel_mlp_backward(Tensor dlogits, Tensor kept, {_MLP_BACKWARD_TENSORS}, {_MLP_OPTIONS},"
     " bool need_pooled)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda dlogits, *rest: backend_of(dlogits).channel_mlp_backward(dlogits, *rest),
+    _channel_mlp_backward,
     _channel_mlp_backward_fake,
 )
 

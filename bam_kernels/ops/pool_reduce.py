@@ -31,14 +31,14 @@ register(
 
 def setup(ctx, inputs, output):
     x, weight, bias, ctx.pool = inputs[:4]
+    ctx.reduce = weight is not None
     ctx.save_for_backward(x, weight, bias)
     ctx.set_materialize_grads(False)
 
 
 def _of_outputs_that_exist(ctx, dpooled, dreduced):
     """An output that was not asked for is empty, and so would be the gradient that it is given."""
-    weight = ctx.saved_tensors[1]
-    return dpooled if ctx.pool else None, None if weight is None else dreduced
+    return dpooled if ctx.pool else None, dreduced if ctx.reduce else None
 
 
 def gradient(ctx, dpooled, dreduced, dout, channel, spatial, combine, residual):

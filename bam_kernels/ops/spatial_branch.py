@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bam_kernels.backends import reference
-from bam_kernels.ops.registry import backend_of, register, register_autograd
+from bam_kernels.ops.registry import backend_of, no_autocast, register, register_autograd
 
 _TENSORS = (
     "Tensor reduced, Tensor[] weights, Tensor[] biases, Tensor project_weight,"
@@ -84,7 +84,9 @@ def _setup(ctx, inputs, output):
 
 def _differentiable(ctx, dlogits: Tensor, flat: list[Tensor | None]) -> list[Any]:
     needs, _ = _flatten(ctx.needs_input_grad[:9])
-    with torch.enable_grad():
+    with torch.enable_grad(), no_autocast(dlogits):
+        # Partial derivatives, by aliases: one input may depend on another.
+        flat = [None if t is None else t.view_as(t) for t in flat]
         logits, _ = reference.spatial_branch_forward(*_unflatten(flat, ctx.lengths), *ctx.options)
         wanted = [t for t, need in zip(flat, needs, strict=True) if need]
         found = iter(
