@@ -116,9 +116,13 @@ def channel_mlp_blocks(
     return block_n, block_c, block_h, num_warps
 
 
-def spatial_tile(dtype: torch.dtype, positions: int, hidden: int, precision: str) -> Tile:
+def spatial_tile(
+    dtype: torch.dtype, positions: int, hidden: int, channels_last: bool, precision: str
+) -> Tile:
     """Of every kernel of the spatial branch: block_p positions, and all of the hidden channels."""
-    entry = _overrides.get("spatial_branch") or _spatial_branch(dtype.itemsize, hidden, precision)
+    entry = _overrides.get("spatial_branch")
+    if entry is None:
+        entry = _spatial_branch(dtype.itemsize, hidden, channels_last, precision)
     block_p = min(entry.block_p, max(next_power_of_2(positions), _LEAST))
     return dataclasses.replace(entry, block_p=block_p)
 
@@ -200,7 +204,7 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
     return Tile(64, 64, 16 if hidden > 16 else 4, 1)
 
 
-def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
+def _spatial_branch(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
     # The accumulator is hidden x block_p, and nine shifted tiles of the input pass through. Wider
     # tiles spill in the backward convolution, which applies a norm's gradient as it loads.
     if itemsize == 8:
@@ -208,7 +212,7 @@ def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
     if itemsize == 2:
         return Tile(0, 32, 8, 1) if hidden > 32 else Tile(0, 128, 8 if hidden > 16 else 4, 1)
     if precision == "ieee" and hidden > 16:
-        return Tile(0, 16 if hidden > 32 else 32, 8, 1)
+        return Tile(0, 16 if hidden > 32 and channels_last else 32, 8, 1)
     return Tile(0, 64, 4 if hidden <= 16 else 8, 1)
 
 

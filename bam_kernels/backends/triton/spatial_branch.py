@@ -352,7 +352,7 @@ def launch_conv(
         DILATION=dilation,
         EPS=0.0 if norm is None else norm.eps,
         PRECISION=conv_precision(m.dtype),
-        BLOCK_K=min(m.block_h, 32),
+        BLOCK_K=m.block_k,
         BLOCK_T=m.block_t,
         **(NO_PARTIALS if partials is None else partials.arguments()),
         **arguments,

@@ -655,9 +655,8 @@ def _launch_conv_backward(
     dilation: int,
 ) -> None:
     weight, (stride_out, stride_in, stride_tap) = spread(weight)
-    block_k = min(m.block_h, 32)
     data_programs = 0 if dsource is None else m.count
-    weight_programs = 0 if dconv is None else 9 * splits * (m.block_h // block_k)
+    weight_programs = 0 if dconv is None else 9 * splits * (m.block_h // m.block_k)
     known = norm_arguments(norm)
     del known["beta"]
     # With neither, a program is left that finishes the norm's own gradients.
@@ -691,7 +690,7 @@ def _launch_conv_backward(
         SOURCE_EPS=0.0 if source_norm is None else source_norm.eps,
         BATCH_STATS=norm is not None and norm.batch_stats,
         PRECISION=conv_precision(m.dtype),
-        BLOCK_K=block_k,
+        BLOCK_K=m.block_k,
         BLOCK_T=m.block_t,
         **known,
         **norm_arguments(source_norm, "source_"),

@@ -112,6 +112,11 @@ class Map:
     def block_h(self) -> int:
         return max(configs.next_power_of_2(self.hidden), 16)
 
+    @property
+    def block_k(self) -> int:
+        """Hidden channels of a dot's reduction, or of dW's columns, at a time."""
+        return min(self.block_h, 32)
+
     def workspace(self, *shape: int) -> Tensor:
         """Uninitialised, in the accumulator's type."""
         return torch.empty(shape, dtype=accumulator_dtype(self.dtype), device=self.device)
@@ -151,7 +156,9 @@ def map_of(reduced: Tensor) -> tuple[Map, Tensor]:
     )
     if not channels_last:
         reduced = reduced.contiguous()
-    tile = configs.spatial_tile(reduced.dtype, h * w, hidden, conv_precision(reduced.dtype))
+    tile = configs.spatial_tile(
+        reduced.dtype, h * w, hidden, channels_last, conv_precision(reduced.dtype)
+    )
     m = Map(n, h, w, hidden, channels_last, reduced.dtype, reduced.device, tile)
     return m, reduced
 
