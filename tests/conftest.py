@@ -16,6 +16,9 @@ _HAS_GPU = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_
 if not _HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)  # interpreted kernels are one thread; a pool only steals their core
+    from bam_kernels.testing.interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
 
 # The tables of tolerances are for fp32 arithmetic; the test of TF32 switches it on for itself.
 torch.backends.cudnn.allow_tf32 = False

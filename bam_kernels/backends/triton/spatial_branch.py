@@ -36,6 +36,7 @@ from bam_kernels.backends.triton.spatial_math import (
     relu,
     scalar_affine,
     store_statistics,
+    tap_mask,
 )
 
 # --- kernels ----------------------------------------------------------------------------------
@@ -154,6 +155,7 @@ def _dilated_conv_kernel(
     in_h = units < hidden
     stride = hidden if CHANNELS_LAST else positions
     DTYPE: tl.constexpr = source.dtype.element_ty
+    NORM: tl.constexpr = partials is not None or mean is not None
     source += n * hidden * positions
 
     acc = tl.zeros((BLOCK_H, BLOCK_P), ACC)
@@ -164,22 +166,23 @@ def _dilated_conv_kernel(
             partials, partial_count, partial_tiles, partial_positions, partial_block, N,
             statistics, mean, variance, gamma, beta, ins, in_k, hidden, EPS, ACC, BLOCK_K, BLOCK_T,
         )  # fmt: skip
+        at = map_offsets(ins, columns, stride, 1, CHANNELS_LAST)
+        at_w = units[:, None] * stride_out + ins[None, :] * stride_in
+        in_w = in_h[:, None] & in_k[None, :]
         for tap in range(9):
             down = (tap // 3 - 1) * DILATION
             right = (tap % 3 - 1) * DILATION
-            inside = in_p & (row + down >= 0) & (row + down < H)
-            inside = inside & (column + right >= 0) & (column + right < W)
-            at = map_offsets(ins, columns + (down * W + right), stride, 1, CHANNELS_LAST)
+            inside = tap_mask(row, column, down, right, H, W, in_p)
+            step = down * W + right
+            if CHANNELS_LAST:
+                step *= hidden
             mask = in_k[:, None] & inside[None, :]
-            value = tl.load(source + at, mask=mask, other=0.0).to(ACC)
-            value = relu((value - mu[:, None]) * scale[:, None] + shift[:, None])
-            value = narrow(tl.where(mask, value, 0.0), DTYPE)
-            w = tl.load(
-                weight + units[:, None] * stride_out + ins[None, :] * stride_in + tap * stride_tap,
-                mask=in_h[:, None] & in_k[None, :],
-                other=0.0,
-            )
-            acc = dot(narrow(w.to(ACC), DTYPE), value, acc, PRECISION)
+            value = tl.load(source + (at + step), mask=mask, other=0.0).to(ACC)
+            if NORM:
+                value = (value - mu[:, None]) * scale[:, None] + shift[:, None]
+                value = tl.where(mask, value, 0.0)
+            w = tl.load(weight + (at_w + tap * stride_tap), mask=in_w, other=0.0)
+            acc = dot(narrow(w.to(ACC), DTYPE), narrow(relu(value), DTYPE), acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + units, mask=in_h, other=0.0).to(ACC)[:, None]
 

@@ -40,6 +40,7 @@ from bam_kernels.backends.triton.spatial_math import (
     relu,
     scalar_affine,
     store_sums,
+    tap_mask,
 )
 from bam_kernels.backends.triton.sum_splits import Job, sum_splits
 
@@ -98,15 +99,17 @@ def _gradient_vectors(
 
 @triton.jit
 def _load_gradient(
-    du, z, at, mask, mu, rstd, scale, mean_grad, mean_product, BATCH_STATS: tl.constexpr,
-    ACC: tl.constexpr,
+    du, z, at, mask, mu, rstd, scale, mean_grad, mean_product, NORM: tl.constexpr,
+    BATCH_STATS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient in front of a batch norm, from the one behind it; without a norm scale is 1."""
+    """The gradient in front of a batch norm, from the one behind it; 0 outside of the mask."""
     grad = tl.load(du + at, mask=mask, other=0.0).to(ACC)
-    if BATCH_STATS:
-        centred = (tl.load(z + at, mask=mask, other=0.0).to(ACC) - mu[:, None]) * rstd[:, None]
-        grad = grad - mean_grad[:, None] - centred * mean_product[:, None]
-    return tl.where(mask, grad * scale[:, None], 0.0)
+    if NORM:
+        if BATCH_STATS:
+            centred = (tl.load(z + at, mask=mask, other=0.0).to(ACC) - mu[:, None]) * rstd[:, None]
+            grad = grad - mean_grad[:, None] - centred * mean_product[:, None]
+        grad = tl.where(mask, grad * scale[:, None], 0.0)
+    return grad
 
 
 @triton.jit(do_not_specialize=["N", "positions", "tiles", "count", "final_count"])
@@ -242,6 +245,7 @@ def _conv_input_gradient(
     stride = hidden if CHANNELS_LAST else positions
     base = n * hidden * positions
     DTYPE: tl.constexpr = du.dtype.element_ty
+    NORM: tl.constexpr = mean is not None
     acc = tl.zeros((BLOCK_H, BLOCK_P), ACC)
     for k in tl.static_range(0, BLOCK_H, BLOCK_K):
         outs = k + tl.arange(0, BLOCK_K)
@@ -250,21 +254,21 @@ def _conv_input_gradient(
             sums, sums_count, dnorm, mean, variance, gamma, outs, in_k, hidden, pid == 0, N,
             positions, EPS, BATCH_STATS, ACC, BLOCK_K, BLOCK_T,
         )  # fmt: skip
+        at = map_offsets(outs, columns, stride, 1, CHANNELS_LAST) + base
+        at_w = outs[None, :] * stride_out + units[:, None] * stride_in
+        in_w = in_k[None, :] & in_h[:, None]
         for tap in range(9):
             down = (1 - tap // 3) * DILATION
             right = (1 - tap % 3) * DILATION
-            inside = in_p & (row + down >= 0) & (row + down < H)
-            inside = inside & (column + right >= 0) & (column + right < W)
-            at = map_offsets(outs, columns + (down * W + right), stride, 1, CHANNELS_LAST)
+            inside = tap_mask(row, column, down, right, H, W, in_p)
+            step = down * W + right
+            if CHANNELS_LAST:
+                step *= hidden
             grad = _load_gradient(
-                du, z, base + at, in_k[:, None] & inside[None, :], mu, rstd, scale, mean_grad,
-                mean_product, BATCH_STATS, ACC,
+                du, z, at + step, in_k[:, None] & inside[None, :], mu, rstd, scale, mean_grad,
+                mean_product, NORM, BATCH_STATS, ACC,
             )  # fmt: skip
-            w = tl.load(
-                weight + outs[None, :] * stride_out + units[:, None] * stride_in + tap * stride_tap,
-                mask=in_k[None, :] & in_h[:, None],
-                other=0.0,
-            )
+            w = tl.load(weight + (at_w + tap * stride_tap), mask=in_w, other=0.0)
             acc = dot(narrow(w.to(ACC), DTYPE), narrow(grad, DTYPE), acc, PRECISION)
     mask = in_h[:, None] & in_p[None, :]
     at = base + map_offsets(units, columns, stride, 1, CHANNELS_LAST)
@@ -339,6 +343,8 @@ def _conv_weight_gradient(
     in_k = ins < hidden
     stride = hidden if CHANNELS_LAST else positions
     DTYPE: tl.constexpr = du.dtype.element_ty
+    NORM: tl.constexpr = mean is not None
+    SOURCE_NORM: tl.constexpr = source_mean is not None
     mu, rstd, scale, mean_grad, mean_product = _gradient_vectors(
         sums, sums_count, dnorm, mean, variance, gamma, units, in_h, hidden, writes, N, positions,
         EPS, BATCH_STATS, ACC, BLOCK_H, BLOCK_T,
@@ -356,20 +362,22 @@ def _conv_weight_gradient(
         in_p = columns < positions
         row = columns // W
         column = columns % W
-        inside = in_p & (row + down >= 0) & (row + down < H)
-        inside = inside & (column + right >= 0) & (column + right < W)
+        inside = tap_mask(row, column, down, right, H, W, in_p)
         at = base + map_offsets(units, columns, stride, 1, CHANNELS_LAST)
         grad = _load_gradient(
             du, z, at, in_h[:, None] & in_p[None, :], mu, rstd, scale, mean_grad, mean_product,
-            BATCH_STATS, ACC,
+            NORM, BATCH_STATS, ACC,
         )  # fmt: skip
         at = map_offsets(ins, columns + (down * W + right), stride, 1, CHANNELS_LAST)
         mask = in_k[:, None] & inside[None, :]
         value = tl.load(source + base + at, mask=mask, other=0.0).to(ACC)
-        value = relu((value - source_mu[:, None]) * source_scale[:, None] + source_shift[:, None])
-        value = narrow(tl.where(mask, value, 0.0), DTYPE)
+        if SOURCE_NORM:
+            value = (value - source_mu[:, None]) * source_scale[:, None] + source_shift[:, None]
+            value = tl.where(mask, value, 0.0)
+        value = narrow(relu(value), DTYPE)
         dw = dot(narrow(grad, DTYPE), tl.trans(value), dw, PRECISION)
-        db += tl.sum(grad, axis=1)
+        if (tap == 4) & (block == 0):
+            db += tl.sum(grad, axis=1)
     dweight += split.to(tl.int64) * row_length
     at = (units[:, None] * hidden + ins[None, :]) * 9 + tap
     tl.store(dweight + at, dw, mask=in_h[:, None] & in_k[None, :])
@@ -495,7 +503,7 @@ def _norm_backward_kernel(
         at += n * hidden * positions
         mask = in_h[:, None] & (columns < positions)[None, :]
         grad = _load_gradient(
-            du, z, at, mask, mu, rstd, scale, dbeta / total, dgamma / total, BATCH_STATS, ACC
+            du, z, at, mask, mu, rstd, scale, dbeta / total, dgamma / total, True, BATCH_STATS, ACC
         )
         tl.store(dz + at, narrow(grad, dz.dtype.element_ty), mask=mask)
 

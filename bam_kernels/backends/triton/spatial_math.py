@@ -173,6 +173,14 @@ def input_affine(
 
 
 @triton.jit
+def tap_mask(row, column, down, right, H, W, in_p):
+    """Which positions have the tap's neighbour inside of the map."""
+    across = column + right
+    along = row + down
+    return in_p & (along >= 0) & (along < H) & (across >= 0) & (across < W)
+
+
+@triton.jit
 def relu(value):
     """A ReLU that lets NaN through, as torch's does."""
     return tl.where(value < 0, 0.0, value)
