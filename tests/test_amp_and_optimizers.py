@@ -11,6 +11,7 @@ import io
 import pytest
 import torch
 from cases import PRESETS, make_map, name
+from kinks import without_kinks
 from test_module import step
 from test_training_scripts import F64, SHAPE, assert_same, one_thread, pair  # noqa: F401
 from tolerances import relative_error
@@ -24,25 +25,6 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 # --- automatic mixed precision ----------------------------------------------------------------
-
-
-def without_kinks(module: nn.Module) -> nn.Module:
-    """Every hidden unit clearly on or clearly off. One that the rounding of a half type switches
-    moves a gradient by far more than rounding does, in eager as well: nothing could be compared."""
-    parts = (module.channel.fc[:-1], module.spatial.reduce, module.spatial.dilated)
-    hidden = [
-        layer for part in parts for layer in (part if isinstance(part, nn.ModuleList) else [part])
-    ]
-    with torch.no_grad():
-        for layer in hidden:
-            layer.weight.mul_(0.1)
-            layer.bias.copy_(3.0 - 6.0 * (torch.arange(len(layer.bias)) % 3 == 2))
-        for branch in (module.channel, module.spatial):
-            for norm in branch.hidden_norm or ():
-                norm.bias.copy_(9.0 - 18.0 * (torch.arange(len(norm.bias)) % 3 == 2))
-        for last in (module.channel.fc[-1], module.spatial.project):  # and no sigmoid saturated
-            last.weight.mul_(0.1)
-    return module
 
 
 def flat(tensors) -> torch.Tensor:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from cases import DTYPES, name
+from kinks import clear_of_kinks, without_kinks
 from test_module import randomize
 from tolerances import Errors, assert_parity
 from torch import nn
@@ -48,14 +49,21 @@ def check(branch, shape, device, channels_last=False, draws=1):
     """Everything that a step leaves behind, and the layout of the reduction's gradient."""
     dtype = branch.project.weight.dtype
     train = branch.training
+    n, h, w = shape
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+
+    def make():
+        reduced = torch.randn(n, branch.reduce.out_channels, h, w, device=device).to(dtype)
+        # The reduction itself goes through a ReLU where no norm stands between.
+        if branch.hidden_norm is None:
+            reduced = torch.where(reduced.abs() < 0.01, 0.5, reduced)
+        return reduced.contiguous(memory_format=fmt)
+
     errors = Errors()
     for _ in range(draws):
         ours, eager, truth = (copy.deepcopy(branch) for _ in range(3))
         truth.double()
-        n, h, w = shape
-        reduced = torch.randn(n, branch.reduce.out_channels, h, w, device=device).to(dtype)
-        if channels_last:
-            reduced = reduced.contiguous(memory_format=torch.channels_last)
+        reduced = clear_of_kinks(make, truth, truth.from_reduced)
         assert fusable.unfusable_spatial(ours) is None
         # In eval mode positive, so that sums over the map are not of noise alone.
         dlogits = torch.randn(n, 1, h, w, device=device).to(dtype)
@@ -106,7 +114,9 @@ def test_parity_in_float64(options, channels_last, train, device, seed):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=name)
 def test_parity(dtype, options, train, device, seed):
     branch = make_branch(64, dtype, device, **OPTIONS[options]).train(train)
-    check(branch, (6, 9, 11), device, draws=5)
+    if dtype.itemsize == 2:
+        without_kinks(branch)
+    check(branch, (4, 7, 9), device, draws=5)
 
 
 @pytest.mark.parametrize("hidden", (1, 3, 16, 33, 128))
