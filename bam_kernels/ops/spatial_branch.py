@@ -104,7 +104,8 @@ def _backward(ctx, dlogits, _):
     if dlogits is None:
         return *none, *rest
     statistics, *flat = ctx.saved_tensors
-    if torch.is_grad_enabled():
+    # Batched gradients (is_grads_batched) too: torch makes no fallback for lists of tensors.
+    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dlogits):
         return *_differentiable(ctx, dlogits, flat), *rest
     inputs = _unflatten(flat, ctx.lengths)
     reduced, weights, biases, _, project_bias, gammas, betas = inputs[:7]
