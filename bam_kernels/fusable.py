@@ -124,8 +124,8 @@ def unfusable_spatial(branch: SpatialBranch) -> str | None:
         return "project is padded"
     if any(norm.num_features != width for norm, width in _widths(branch, hidden)):
         return "its batch norms do not fit its layers"
-    if len({norm.affine for norm in norms}) > 1:
-        return "some of its batch norms have an affine map and some have none"
+    if len({part is None for norm in norms for part in (norm.weight, norm.bias)}) > 1:
+        return "some of its batch norms have a scale and a shift and some lack one"
     return None
 
 

@@ -154,7 +154,7 @@ def test_branches(dtype, site, target):
         "_statistics_kernel",
         "_sum_splits_kernel",
         "_update_running_kernel",
-    } - ({"_merge_kernel"} if site is SITES[2] else set())
+    }
     for report in reports:
         text = aot.format_table([report])
         assert report.spill_bytes == 0, text

@@ -27,11 +27,13 @@ def norms(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def assert_steps_agree(ours, plain, device, steps=1):
+def assert_steps_agree(ours, plain, device, steps=1, left=None):
+    """Steps of both leave the same behind, all fused but for what is `left` to PyTorch."""
     for _ in range(steps):
         x, dout = (make_map(SHAPE, F64, device) for _ in "xd")
         told = explain(ours, x)
-        assert told.backend == "triton" and not any("MLP" in note for note in told.notes)
+        assert told.backend == "triton"
+        assert left in " ".join(told.notes) if left else not told.notes
         assert_same(step(ours, x, dout), step(plain, x, dout))
         ours.zero_grad(), plain.zero_grad()
 
@@ -86,9 +88,10 @@ def test_attributes_of_a_norm(change, device, seed):
     for module in (ours, plain):
         for norm in norms(module).values():
             CHANGES[change](norm)
-    assert_steps_agree(ours, plain, device, steps=2)
+    left = {"no_counter": "lacks", "no_counter_and_no_momentum": "lacks", "no_shift": "lack one"}
+    assert_steps_agree(ours, plain, device, 2, left.get(change))
     ours.eval(), plain.eval()
-    assert_steps_agree(ours, plain, device)
+    assert_steps_agree(ours, plain, device, 1, left.get(change))
 
 
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))

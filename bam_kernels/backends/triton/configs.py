@@ -213,6 +213,8 @@ def _spatial_branch(itemsize: int, hidden: int, channels_last: bool, precision: 
         return Tile(0, 32, 8, 1) if hidden > 32 else Tile(0, 128, 8 if hidden > 16 else 4, 1)
     if precision == "ieee" and hidden > 16:
         return Tile(0, 16 if hidden > 32 and channels_last else 32, 8, 1)
+    if hidden > 32:
+        return Tile(0, 32, 8, 1)
     return Tile(0, 64, 4 if hidden <= 16 else 8, 1)
 
 
