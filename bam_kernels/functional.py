@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bam_kernels import ops, reference  # noqa: F401 - importing ops registers the operators
-from bam_kernels.backends.reference import split_statistics
+from bam_kernels.backends.reference import split_pairs
 from bam_kernels.config import check_combine
 from bam_kernels.dispatch import DTYPES, choose_backend, log_once
 from bam_kernels.fusable import (
@@ -227,13 +227,13 @@ def _spatial_logits(reduced: Tensor, branch: SpatialBranch, taken: list[_Taken])
     if reason is not None:
         log_once(f"the spatial branch runs as PyTorch's own operators: {reason}")
         return branch.from_reduced(reduced)
-    n, hidden, h, w = reduced.shape
+    n, _, h, w = reduced.shape
     convs = list(branch.dilated)
     norms = [] if branch.hidden_norm is None else list(branch.hidden_norm)
     norms += [] if branch.norm is None else [branch.norm]
     batch_stats = [uses_batch_stats(norm) for norm in norms]
     known = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
-    affine = bool(norms) and norms[0].weight is not None
+    affine = len(norms) > 0 and norms[0].weight is not None
     logits, statistics = torch.ops.bam_kernels.spatial_branch(
         reduced,
         [conv.weight for conv in convs],
@@ -251,10 +251,9 @@ def _spatial_logits(reduced: Tensor, branch: SpatialBranch, taken: list[_Taken])
         convs[0].dilation[0] if convs else 1,
     )
     if any(batch_stats):
-        rows = split_statistics(statistics, hidden, len(convs), branch.hidden_norm is not None)
-        rows = [row for row in rows if row is not None and row.numel()]
-        for norm, batch, row in zip(norms, batch_stats, rows, strict=True):
-            if batch:
+        rows = split_pairs(statistics, [norm.num_features for norm in norms], batch_stats)
+        for norm, row in zip(norms, rows, strict=True):
+            if row is not None:
                 taken.append(_Taken(norm, row[0], row[1], n * h * w))
     return logits
 

@@ -342,12 +342,12 @@ def module_step(kind: str, layout: str, backend: str, batches: tuple[int, ...], 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", PRESETS)
 def test_three_passes_forward_and_five_backward(kind, layout, backend, seed):
-    """Compiled as not compiled; and no kernel that inductor makes touches anything x-sized."""
+    """Compiled as not compiled; and no kernel that inductor makes touches anything x-sized
+    (`test_the_meter_sees_generated_kernels` shows that such kernels would be seen)."""
     found = module_step(kind, layout, backend, (2,), False)
     assert found.forward.passes(found.x) == pytest.approx(3.0, abs=0.01)
     assert found.backward.passes(found.x) == pytest.approx(5.0, abs=0.01)
     if backend == "inductor":
-        assert found.forward.generated and found.backward.generated
         assert found.forward.by_generated(found.x) == found.backward.by_generated(found.x) == 0
 
 

@@ -294,22 +294,26 @@ class _Norm:
 # --- the spatial branch -----------------------------------------------------------------------
 
 
-def statistics_size(hidden: int, convolutions: int, hidden_norm: bool, norm: bool) -> int:
-    """The length of the flat statistics of a spatial branch: two of each channel of each norm."""
-    return (2 * hidden * (convolutions + 1) if hidden_norm else 0) + (2 if norm else 0)
+def norm_widths(hidden: int, convolutions: int, hidden_norm: bool, norm: bool) -> list[int]:
+    """The channels of each batch norm of a spatial branch: the hidden ones, and the last, of one."""
+    return [hidden] * (convolutions + 1 if hidden_norm else 0) + [1] * norm
 
 
-def split_statistics(
-    statistics: Tensor, hidden: int, convolutions: int, hidden_norm: bool
+def pairs_size(widths: list[int], kept: list[bool] | None = None) -> int:
+    """The length of a flat tensor of two vectors a norm: of those `kept`, of all by default."""
+    return sum(2 * w for w, keep in zip(widths, kept or [True] * len(widths), strict=True) if keep)
+
+
+def split_pairs(
+    flat: Tensor, widths: list[int], kept: list[bool] | None = None
 ) -> list[Tensor | None]:
-    """Views by norm: [2, h] of the hidden ones (None where there are none), [2, 1] of the last."""
-    count = convolutions + 1 if hidden_norm else 0
-    length = 2 * hidden * count
-    if hidden_norm:
-        rows = list(statistics[:length].view(count, 2, hidden).unbind(0))
-    else:
-        rows = [None] * (convolutions + 1)
-    return [*rows, statistics[length:].view(2, (statistics.numel() - length) // 2)]
+    """Views [2, width] by norm of such a tensor, None for a norm that it does not hold."""
+    rows: list[Tensor | None] = []
+    start = 0
+    for width, keep in zip(widths, kept or [True] * len(widths), strict=True):
+        rows.append(flat[start : start + 2 * width].view(2, width) if keep else None)
+        start += 2 * width if keep else 0
+    return rows
 
 
 def spatial_branch_forward(
@@ -328,7 +332,8 @@ def spatial_branch_forward(
     eps: list[float],
     dilation: int,
 ) -> tuple[Tensor, Tensor]:
-    """(logits [N, 1, H, W], statistics): mean and biased variance of each norm, flat."""
+    """(logits [N, 1, H, W], statistics): mean and biased variance of each norm that takes them from
+    the batch, flat."""
     wide = accumulator_dtype(reduced.dtype)
     known = iter(zip(means, variances, strict=True))
     taken: list[Tensor] = []
@@ -337,9 +342,9 @@ def spatial_branch_forward(
         if batch_stats[i]:
             mean = y.mean(dim=(0, 2, 3))
             var = (y - mean[:, None, None]).square().mean(dim=(0, 2, 3))
+            taken.append(torch.stack((mean, var)).detach().flatten())
         else:
             mean, var = (t.to(wide) for t in next(known))
-        taken.append(torch.stack((mean, var)).detach().flatten())
         y = (y - mean[:, None, None]) * torch.rsqrt(var + eps[i])[:, None, None]
         if not gammas:
             return y
@@ -395,7 +400,8 @@ def spatial_branch_backward(
     dbias = reduced.new_zeros(1) if grads[1] is None else grads[1]
     dprojection = torch.cat([grads[0], dbias.to(grads[0].dtype)])
     grads = grads[2:]
-    dnorms = torch.zeros_like(statistics)
+    widths = norm_widths(hidden, convolutions, *rest[2:4])  # hidden_norm, norm
+    dnorms = statistics.new_zeros(pairs_size(widths))
     if gammas:
         pairs = zip(grads[: len(gammas)], grads[len(gammas) :], strict=True)
         torch.cat([t.flatten().to(dnorms.dtype) for pair in pairs for t in pair], out=dnorms)
@@ -434,5 +440,6 @@ def update_running(
         counter.add_(1)
         weight = momenta[i] if momenta[i] >= 0 else 1.0 / counter.to(batch_means[i].dtype)
         unbiased = batch_variances[i] * (counts[i] / (counts[i] - 1))
-        mean.copy_(torch.lerp(mean.to(unbiased.dtype), batch_means[i].to(unbiased.dtype), weight))
-        variance.copy_(torch.lerp(variance.to(unbiased.dtype), unbiased, weight))
+        # Not old + weight * (new - old), which leaves nothing of a new value far below the old one.
+        mean.copy_((1 - weight) * mean.to(unbiased.dtype) + weight * batch_means[i])
+        variance.copy_((1 - weight) * variance.to(unbiased.dtype) + weight * unbiased)

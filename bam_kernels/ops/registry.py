@@ -29,7 +29,8 @@ def backend_of(x: Tensor) -> ModuleType:
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define an operator and what computes it, for tensors and for fakes."""
     name = schema[: schema.index("(")]
-    library.define(schema)
+    # The launchers walk any layout: inductor need not copy x into the one that it was traced in.
+    library.define(schema, tags=(torch.Tag.flexible_layout,))
     for device in _DEVICES:
         library.impl(name, run, device)
     torch.library.register_fake(f"bam_kernels::{name}", fake, lib=library)

@@ -19,10 +19,11 @@ _OPTIONS = "bool hidden_norm, bool norm, bool[] batch_stats, float[] eps, int di
 
 
 def _fake(reduced, weights, biases, project_weight, project_bias, *rest):
-    hidden_norm, norm = rest[4:6]
+    hidden_norm, norm, batch_stats = rest[4:7]
     n, hidden, h, w = reduced.shape
     wide = reference.accumulator_dtype(reduced.dtype)
-    size = reference.statistics_size(hidden, len(weights), hidden_norm, norm)
+    widths = reference.norm_widths(hidden, len(weights), hidden_norm, norm)
+    size = reference.pairs_size(widths, batch_stats)
     return reduced.new_empty((n, 1, h, w), dtype=wide), reduced.new_empty(size, dtype=wide)
 
 
@@ -35,7 +36,9 @@ register(
 
 def _backward_fake(dlogits, statistics, reduced, weights, biases, project_weight, *rest):
     need_reduced, need_weights = rest[-2:]
+    hidden_norm, norm = rest[5:7]
     hidden = reduced.shape[1]
+    widths = reference.norm_widths(hidden, len(weights), hidden_norm, norm)
     length = len(weights) * hidden * (9 * hidden + 1) if need_weights else 0
     like = weights[0] if weights else reduced
     dense = reduced.is_contiguous() or not reduced.is_contiguous(memory_format=torch.channels_last)
@@ -44,7 +47,7 @@ def _backward_fake(dlogits, statistics, reduced, weights, biases, project_weight
         torch.empty_like(reduced, memory_format=fmt) if need_reduced else reduced.new_empty(0),
         like.new_empty(length),
         project_weight.new_empty(hidden + 1),
-        torch.empty_like(statistics),
+        statistics.new_empty(reference.pairs_size(widths)),
     )
 
 
@@ -117,7 +120,7 @@ def _backward(ctx, dlogits, _):
         dlogits, statistics, *inputs, *ctx.options, need_reduced, need_convs
     )
     hidden = reduced.shape[1]
-    hidden_norm = ctx.options[0]
+    widths = reference.norm_widths(hidden, len(weights), *ctx.options[:2])
     dweights, dbiases = [None] * len(weights), [None] * len(biases)
     if need_convs:
         rows = dconvs.view(len(weights), -1)
@@ -127,8 +130,7 @@ def _backward(ctx, dlogits, _):
             dbiases[i] = rows[i, -hidden:].to(bias.dtype)
     dgammas, dbetas = [None] * len(gammas), [None] * len(betas)
     if gammas and any(map(any, need_affine)):
-        split = reference.split_statistics(dnorms, hidden, len(weights), hidden_norm)
-        split = [pair for pair in split if pair is not None and pair.numel()]
+        split = reference.split_pairs(dnorms, widths)
         dgammas = [pair[0].to(t.dtype) for pair, t in zip(split, gammas, strict=True)]
         dbetas = [pair[1].to(t.dtype) for pair, t in zip(split, betas, strict=True)]
     return (

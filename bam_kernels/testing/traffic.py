@@ -292,6 +292,8 @@ def _tensors(value: Any) -> dict[tuple[Any, ...], torch.Tensor]:
 class _Recorder(TorchDispatchMode):
     """Collects the operators, and the launches that the patched interpreter reports."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.traffic = Traffic()
@@ -301,6 +303,10 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.launch is not None:
             return func(*args, **kwargs)  # the interpreter's own copies
+        if isinstance(func, torch._ops.HigherOrderOperator):  # of a compiled graph
+            with self:
+                run = func.py_kernels[torch._C.DispatchKey.CompositeExplicitAutograd]
+                return run(*args, **kwargs)
         c, name = torch._C, func.name()
         if c._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"):
             with self:  # without autograd keys (inference mode) these arrive whole

@@ -30,16 +30,18 @@ def _update(
     values = tl.zeros((BLOCK,), ACC) + n
     unbiased = values / (values - 1)
     weight = tl.where(given < 0, 1 / (tl.zeros((BLOCK,), ACC) + count.to(ACC)), given)
+    rest = 1 - weight
     for start in range(0, length, BLOCK):
         i = start + tl.arange(0, BLOCK)
         mask = i < length
         old = tl.load(mean + i, mask=mask, other=0.0).to(ACC)
         new = tl.load(batch_mean + i, mask=mask, other=0.0)
-        moved = old + weight * (new - old)
+        # Not old + weight * (new - old), which leaves nothing of a new value far below the old one.
+        moved = rest * old + weight * new
         tl.store(mean + i, narrow(moved, mean.dtype.element_ty), mask=mask)
         old = tl.load(variance + i, mask=mask, other=0.0).to(ACC)
         new = tl.load(batch_variance + i, mask=mask, other=0.0) * unbiased
-        moved = old + weight * (new - old)
+        moved = rest * old + weight * new
         tl.store(variance + i, narrow(moved, variance.dtype.element_ty), mask=mask)
     tl.store(counter, count)
 

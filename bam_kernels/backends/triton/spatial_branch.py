@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bam_kernels.backends.reference import split_statistics, statistics_size
+from bam_kernels.backends.reference import norm_widths, pairs_size, split_pairs
 from bam_kernels.backends.triton.device_math import dot, map_offsets, narrow
 from bam_kernels.backends.triton.launch import (
     accumulator,
@@ -451,15 +451,18 @@ def spatial_branch_forward(
     reduced [N, h, H, W]; weights [h, h, 3, 3] each; project_weight [h]. The norms' lists hold the
     hidden ones (after the reduction and after each convolution) and then the last; means and
     variances only those of norms that use running statistics. `statistics` holds, one after the
-    other, mean and biased variance of each norm: [2, h] of the hidden ones, [2] of the last; what
-    was not taken from the batch is not filled.
+    other, mean and biased variance of each norm that takes them from the batch: [2, h] of the
+    hidden ones, [2] of the last.
     """
     m, reduced = map_of(reduced)
     norms = norms_of(gammas, betas, means, variances, batch_stats, eps)
     hidden = norms[: len(weights) + 1] if hidden_norm else [None] * (len(weights) + 1)
     final = norms[-1] if norm else None
-    statistics = m.workspace(statistics_size(m.hidden, len(weights), hidden_norm, norm))
-    rows = split_statistics(statistics, m.hidden, len(weights), hidden_norm)
+    widths = norm_widths(m.hidden, len(weights), hidden_norm, norm)
+    statistics = m.workspace(pairs_size(widths, batch_stats))
+    rows = split_pairs(statistics, widths, batch_stats)
+    if not hidden_norm:
+        rows = [None] * (len(weights) + 1) + rows
     logits = m.workspace(m.n, 1, m.h, m.w)
     final_partials = m.workspace(2, m.count, 1) if final and final.batch_stats else None
 

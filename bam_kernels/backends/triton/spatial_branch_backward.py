@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bam_kernels.backends.reference import split_statistics
+from bam_kernels.backends.reference import norm_widths, pairs_size, split_pairs
 from bam_kernels.backends.triton import configs
 from bam_kernels.backends.triton.device_math import dot, map_offsets, narrow
 from bam_kernels.backends.triton.launch import conv_precision, device_guard
@@ -560,10 +560,11 @@ def spatial_branch_backward(
 
     dconvolutions is flat, [h, h, 3, 3] and [h] of each convolution in turn, in the weights' dtype,
     and empty unless `need_weights`; dprojection [h + 1] of the projection's weight and bias, in its
-    weight's; dnorms, in the accumulator's type, has the statistics' layout: gamma, then beta.
+    weight's; dnorms, in the accumulator's type, holds those of each norm: gamma's, then beta's.
     """
     m, reduced = map_of(reduced)
-    taken = split_statistics(statistics, m.hidden, len(weights), hidden_norm)
+    widths = norm_widths(m.hidden, len(weights), hidden_norm, norm)
+    taken = split_pairs(statistics, widths, batch_stats)
     norms = norms_of(gammas, betas, means, variances, batch_stats, eps)
     hidden: list[Norm | None] = [None] * (len(weights) + 1)
     if hidden_norm:
@@ -571,8 +572,10 @@ def spatial_branch_backward(
     final = norms[-1].known(taken[-1]) if norm else None
     dlogits = dlogits.contiguous()
 
-    dnorms = torch.empty_like(statistics)
-    dtaken = split_statistics(dnorms, m.hidden, len(weights), hidden_norm)
+    dnorms = m.workspace(pairs_size(widths))
+    dtaken = split_pairs(dnorms, widths)
+    if not hidden_norm:
+        dtaken = [None] * (len(weights) + 1) + dtaken
     final_sums = m.workspace(2, m.count, 1) if final is not None else None
     projection = projection_arguments(
         hidden[-1], project_weight, project_bias, final, dlogits=dlogits, final_sums=final_sums

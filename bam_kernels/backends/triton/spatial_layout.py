@@ -174,9 +174,9 @@ class Norm:
     batch_stats: bool
     eps: float
 
-    def known(self, statistics: Tensor) -> Norm:
-        """The same norm with the statistics [2, h] that a forward took."""
-        if not self.batch_stats:
+    def known(self, statistics: Tensor | None) -> Norm:
+        """The same norm with the statistics [2, h] that a forward took, None if it took none."""
+        if statistics is None:
             return self
         return dataclasses.replace(self, mean=statistics[0], variance=statistics[1])
 
