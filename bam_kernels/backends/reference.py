@@ -295,7 +295,7 @@ class _Norm:
 
 
 def norm_widths(hidden: int, convolutions: int, hidden_norm: bool, norm: bool) -> list[int]:
-    """The channels of each batch norm of a spatial branch: the hidden ones, and the last, of one."""
+    """The channels of each batch norm of a spatial branch; the last has one."""
     return [hidden] * (convolutions + 1 if hidden_norm else 0) + [1] * norm
 
 

@@ -8,7 +8,6 @@ leaves the two sums that the next batch norm's gradient needs.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
