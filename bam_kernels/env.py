@@ -1,13 +1,58 @@
-"""Every environment variable that the library reads, in one place."""
+"""Every environment variable that the library reads, in one place.
+
+setup.py loads this file by its path: it imports neither torch nor bam_kernels.
+"""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+BUILDS = ("auto", "cpu", "cuda", "none")
 
 
 def backend() -> str:
     """``BAM_KERNELS_BACKEND``: the backend of the process, "auto" unless set."""
     return os.environ.get("BAM_KERNELS_BACKEND", "auto")
+
+
+def build() -> str:
+    """``BAM_KERNELS_BUILD``: what is compiled from C++, at install and on first use.
+
+    "auto": the CPU's library where a compiler is found. "cpu": the same, or an error at install.
+    "cuda": CUDA's too. "none": nothing.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    value = os.environ.get("BAM_KERNELS_BUILD", "auto")
+    if value not in BUILDS:
+        raise ValueError(f"BAM_KERNELS_BUILD: expected one of {', '.join(BUILDS)}, got {value!r}")
+    return value
+
+
+def cache() -> Path | None:
+    """``BAM_KERNELS_CACHE``: the folder of what is compiled on first use.
+
+    By default bam_kernels in ``XDG_CACHE_HOME`` or ~/.cache; None where there is no home.
+    """
+    named = os.environ.get("BAM_KERNELS_CACHE")
+    if named:
+        return Path(named).absolute()
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(caches):
+        return Path(caches, "bam_kernels")
+    try:
+        return Path.home() / ".cache" / "bam_kernels"
+    except RuntimeError:
+        return None
+
+
+def cpp_library() -> Path | None:
+    """``BAM_KERNELS_CPP_LIBRARY``: a library of the C++ backend to load in place of any other, as
+    the tests do with one that is built with sanitizers."""
+    named = os.environ.get("BAM_KERNELS_CPP_LIBRARY")
+    return Path(named).absolute() if named else None
 
 
 def triton_interpret() -> bool:
