@@ -9,7 +9,6 @@ setup.py loads it by its path, and `backends.cpp_library` compiles with it on fi
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -78,7 +77,8 @@ def source_files(csrc: Path) -> list[Path]:
 
 def tracked_files(csrc: Path) -> list[Path]:
     """What the library depends on: its sources and their headers."""
-    return source_files(csrc) + sorted(csrc.glob("*.h")) + sorted((csrc / "cpu").glob("*.h"))
+    headers = [*csrc.glob("*.h"), *(csrc / "cpu").glob("*.h")]
+    return source_files(csrc) + sorted(headers)
 
 
 def find_toolchain() -> Toolchain | list[str]:
@@ -362,6 +362,8 @@ def _first_lines(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m bam_kernels.build_cpp``: 0 where the library was built, 1 where not."""
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="python -m bam_kernels.build_cpp",
         description="Compile the C++ backend's library; again, only what has changed.",
