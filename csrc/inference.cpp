@@ -1,0 +1,273 @@
+// A whole module in inference: batch norms with known statistics, one read of x for pooling and
+// reduction, and one for the gate.
+#include <cmath>
+#include <cstring>
+
+#include "launch.h"
+#include "operators.h"
+
+namespace bam {
+
+namespace {
+
+// The parameters in the order in which the operator has them.
+class Reader {
+ public:
+  Reader(const std::vector<Tensor>& tensors, const std::vector<double>& eps)
+      : tensors_(tensors), eps_(eps) {}
+  const Tensor& next() {
+    STD_TORCH_CHECK(
+        tensor_ < tensors_.size(), "params: expected more than ", tensors_.size(), " tensors");
+    return tensors_[tensor_++];
+  }
+  double next_eps() {
+    STD_TORCH_CHECK(
+        eps_at_ < eps_.size(), "eps: expected more than ", eps_.size(), " numbers");
+    return eps_[eps_at_++];
+  }
+  void finish() const {
+    STD_TORCH_CHECK(
+        tensor_ == tensors_.size(), "params: expected ", tensor_, " tensors, got ", tensors_.size());
+    STD_TORCH_CHECK(eps_at_ == eps_.size(), "eps: expected ", eps_at_, " numbers, got ", eps_.size());
+  }
+
+ private:
+  const std::vector<Tensor>& tensors_;
+  const std::vector<double>& eps_;
+  size_t tensor_ = 0, eps_at_ = 0;
+};
+
+template <class A>
+Affine<A> folded(
+    const A* bias, const A* gamma, const A* beta, const A* mean, const A* var, double eps,
+    int64_t n, Arena& arena) {
+  A* scale = arena.take<A>(n);
+  A* shift = arena.take<A>(n);
+  for (int64_t i = 0; i < n; ++i) {
+    scale[i] = A(1) / std::sqrt(var[i] + A(eps)) * (gamma ? gamma[i] : A(1));
+    shift[i] = (beta ? beta[i] : A(0)) + ((bias ? bias[i] : A(0)) - mean[i]) * scale[i];
+  }
+  return {scale, shift};
+}
+
+template <class A>
+Affine<A> read_norm(
+    Reader& r, const char* name, bool exists, const A* bias, int64_t n, Arena& arena) {
+  if (!exists) return {nullptr, bias};
+  const A* v[4];
+  for (const A*& each : v) each = values<A>(r.next(), name, {n}, arena);
+  STD_TORCH_CHECK(v[2] && v[3], name, ": expected running statistics, got none");
+  return folded(bias, v[0], v[1], v[2], v[3], r.next_eps(), n, arena);
+}
+
+template <class A>
+struct Linear {
+  const A* weight;
+  Affine<A> affine;
+  int64_t outs, ins;
+};
+
+template <class S>
+struct Module {
+  using A = AccOf<S>;
+  Combine combine;
+  bool residual, has_channel, has_spatial;
+  std::vector<Linear<A>> mlp;
+  const A* reduce = nullptr;
+  Affine<A> reduce_affine;
+  std::vector<const A*> convs;
+  std::vector<Affine<A>> conv_affines;
+  const A* project = nullptr;
+  A final_scale = 1, final_shift = 0;
+  int64_t hidden = 0, dilation = 1, widest = 0;
+};
+
+template <class S>
+Module<S> read_module(
+    const View& v, const std::vector<Tensor>& params, const std::vector<int64_t>& options,
+    const std::vector<double>& eps, Arena& arena) {
+  using A = AccOf<S>;
+  STD_TORCH_CHECK(options.size() == 11, "options: expected 11 numbers, got ", options.size());
+  Module<S> m;
+  m.combine = combine_of(options[0]);
+  m.residual = options[1] != 0;
+  const int64_t layers = options[2], convolutions = options[6];
+  const bool channel_hidden = options[3] != 0, channel_final = options[4] != 0;
+  const bool spatial_hidden = options[8] != 0, spatial_final = options[9] != 0;
+  m.has_channel = layers > 0, m.has_spatial = options[5] != 0;
+  m.dilation = options[7];
+  STD_TORCH_CHECK(m.dilation >= 1, "dilation: expected at least 1, got ", m.dilation);
+  STD_TORCH_CHECK(
+      m.has_channel || m.has_spatial, "options: expected at least one branch, got none");
+  Reader r(params, eps);
+  int64_t ins = v.c;
+  for (int64_t i = 0; i < layers; ++i) {
+    const bool last = i == layers - 1;
+    const Tensor& weight = r.next();
+    STD_TORCH_CHECK(weight.dim() == 2, "channel.fc: expected a [out, in] weight");
+    const int64_t outs = last ? v.c : weight.size(0);
+    Linear<A> layer{values<A>(weight, "channel.fc", {outs, ins}, arena), {}, outs, ins};
+    const A* bias = values<A>(r.next(), "channel.fc's bias", {outs}, arena);
+    layer.affine =
+        read_norm<A>(r, "channel's norm", last ? channel_final : channel_hidden, bias, outs, arena);
+    m.mlp.push_back(layer);
+    ins = outs;
+    m.widest = outs > m.widest ? outs : m.widest;
+  }
+  if (m.has_spatial) {
+    m.hidden = options[10];
+    const int64_t h = m.hidden;
+    m.reduce = values<A>(r.next(), "spatial.reduce", {h, v.c}, arena);
+    const A* bias = values<A>(r.next(), "spatial.reduce's bias", {h}, arena);
+    m.reduce_affine = read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, arena);
+    for (int64_t i = 0; i < convolutions; ++i) {
+      m.convs.push_back(values<A>(r.next(), "spatial.dilated", {h, h, 3, 3}, arena));
+      bias = values<A>(r.next(), "spatial.dilated's bias", {h}, arena);
+      m.conv_affines.push_back(read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, arena));
+    }
+    m.project = values<A>(r.next(), "spatial.project", {1, h}, arena);
+    bias = values<A>(r.next(), "spatial.project's bias", {1}, arena);
+    const Affine<A> last =
+        read_norm<A>(r, "spatial's last norm", spatial_final, bias, 1, arena);
+    m.final_scale = last.scale ? *last.scale : A(1);
+    m.final_shift = last.shift ? *last.shift : A(0);
+  }
+  r.finish();
+  return m;
+}
+
+// Work below this many elements of x is not worth waking threads for.
+constexpr int64_t kSerial = 16384;
+
+template <class S>
+void run(
+    const Module<S>& m, const View& v, const S* x, S* out, const View& to, const void* mask,
+    const Planes& g, bool threads) {
+  using A = AccOf<S>;
+  const Kernels<S>& k = kernels<S>();
+  const WideKernels<A>& wide = wide_kernels<A>();
+  const int64_t parts = threads ? int64_t(torch::stable::get_num_threads()) : 1;
+  Arena arena;
+
+  // Pool and reduction.
+  A* planes[2] = {nullptr, nullptr};
+  const int64_t size = m.hidden * g.plane;
+  if (m.has_spatial) planes[0] = arena.zeros<A>(size);
+  if (m.convs.size() > 1) planes[1] = arena.zeros<A>(size);
+  const int64_t pool_width = v.channels_last ? 1 : k.lanes;
+  A* pool = m.has_channel ? arena.zeros<A>(parts * v.c * pool_width) : nullptr;
+  const ReduceOutput<A> reduced{
+      m.reduce_affine.scale, m.reduce_affine.shift, true, planes[0], &g, nullptr, 0, 0};
+  const int64_t tile = v.channels_last ? 16 : 3 * k.lanes, tiles = (v.p + tile - 1) / tile;
+  parallel(threads, parts, [&](int64_t begin, int64_t end) {
+    Arena own;
+    A* scratch = own.take<A>(k.reduce_scratch(v.c, m.hidden));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t p0 = part(i, parts, tiles) * tile;
+      const int64_t p1 = std::min(part(i + 1, parts, tiles) * tile, v.p);
+      A* sums = pool ? pool + i * v.c * pool_width : nullptr;
+      (v.channels_last ? k.reduce_columns : k.reduce_rows)(
+          x, v.line, v.c, p0, p1, m.reduce, m.hidden, reduced, sums, scratch);
+    }
+  });
+
+  // Channel logits.
+  A* c = nullptr;
+  if (m.has_channel) {
+    A* rooms[2] = {arena.take<A>(std::max(v.c, m.widest)), arena.take<A>(std::max(v.c, m.widest))};
+    for (int64_t i = 0; i < v.c; ++i) {
+      A total = 0;
+      for (int64_t part = 0; part < parts; ++part)
+        for (int64_t lane = 0; lane < pool_width; ++lane)
+          total += pool[(part * v.c + i) * pool_width + lane];
+      rooms[0][i] = total / A(v.p);
+    }
+    int64_t at = 0;
+    for (const Linear<A>& layer : m.mlp) {
+      wide.linear(
+          layer.weight, rooms[at], layer.outs, layer.ins, layer.affine.scale, layer.affine.shift,
+          &layer != &m.mlp.back(), rooms[1 - at]);
+      at = 1 - at;
+    }
+    c = rooms[at];
+  }
+
+  // Spatial logits.
+  A* s = nullptr;
+  if (m.has_spatial) {
+    const int64_t vectors = (g.span + k.lanes - 1) / k.lanes;
+    A* span = arena.take<A>(vectors * k.lanes);
+    const A* in = planes[0];
+    for (size_t i = 0; i < m.convs.size(); ++i) {
+      const bool last = i + 1 == m.convs.size();
+      A* next = last ? nullptr : planes[1 - i % 2];
+      const Conv<A> conv{
+          in,  next, m.convs[i], m.conv_affines[i].scale, m.conv_affines[i].shift, true, m.hidden,
+          &g,  mask, last ? m.project : nullptr, span};
+      parallel(threads, parts, [&](int64_t begin, int64_t end) {
+        wide.conv(conv, part(begin, parts, vectors), part(end, parts, vectors));
+      });
+      in = next;
+    }
+    if (m.convs.empty()) wide.project(in, g, m.hidden, m.project, span, 0, vectors);
+    s = arena.take<A>(v.p);
+    for (int64_t row = 0; row < v.h; ++row)
+      for (int64_t column = 0; column < v.w; ++column)
+        s[row * v.w + column] = span[row * g.pitch + column] * m.final_scale + m.final_shift;
+  }
+
+  // Gate.
+  A* c_room = arena.take<A>(v.c);
+  A* s_room = arena.take<A>(v.p);
+  const Gate<A> gate = prepare_gate<A>(
+      m.combine, m.residual, v.channels_last, c, v.c, s, v.p, c_room, s_room);
+  const int64_t lines = v.channels_last ? v.p : v.c;
+  parallel(threads, parts, [&](int64_t begin, int64_t end) {
+    const int64_t l0 = part(begin, parts, lines), l1 = part(end, parts, lines);
+    if (v.channels_last) k.gate(gate, x, v.line, out, to.line, 0, v.c, l0, l1);
+    else k.gate(gate, x, v.line, out, to.line, l0, l1, 0, v.p);
+  });
+}
+
+} // namespace
+
+Combine combine_of(int64_t mode) {
+  STD_TORCH_CHECK(mode >= 0 && mode < 4, "combine: expected 0 to 3, got ", mode);
+  return Combine(mode);
+}
+
+void bam_forward(
+    Tensor x, Tensor out, std::vector<Tensor> params, std::vector<int64_t> options,
+    std::vector<double> eps) {
+  const View v = view_of(x, "x");
+  check_tensor(out, "out");
+  check_dtype(out, "out", x.scalar_type());
+  check_shape(out, "out", {v.n, v.c, v.h, v.w});
+  const View to = view_like(out, "out", v);
+  if (x.numel() == 0) return;
+  with_type(x.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    Arena arena;
+    const Module<S> m = read_module<S>(v, params, options, eps, arena);
+    const int lanes = kernels<S>().lanes;
+    const Planes g = planes_of(v.h, v.w, m.convs.empty() ? 1 : m.dilation, lanes);
+    const void* mask = m.convs.size() > 1
+        ? pixel_mask<AccOf<S>>(g, (g.span + lanes - 1) / lanes * lanes, arena)
+        : nullptr;
+    const S* from = data<S>(x);
+    S* into = mutable_data<S>(out);
+    const int64_t threads = int64_t(torch::stable::get_num_threads());
+    const bool wide = threads > 1 && v.n * v.c * v.p >= kSerial;
+    // As many samples as divide evenly run whole in a thread each, where x stays in its cache; the
+    // rest are split, layer by layer.
+    const int64_t whole = wide ? v.n / threads * threads : v.n;
+    parallel(wide, whole, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n)
+        run<S>(m, v, from + n * v.sample, into + n * to.sample, to, mask, g, false);
+    });
+    for (int64_t n = whole; n < v.n; ++n)
+      run<S>(m, v, from + n * v.sample, into + n * to.sample, to, mask, g, true);
+  });
+}
+
+} // namespace bam

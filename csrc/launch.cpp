@@ -1,0 +1,269 @@
+#include "launch.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace bam {
+
+// --- scratch ----------------------------------------------------------------------------------
+
+namespace {
+
+struct Block {
+  std::unique_ptr<char, decltype(&std::free)> data;
+  size_t size;
+};
+
+// Above this a thread gives its memory back when its last arena ends.
+constexpr size_t kKept = size_t(32) << 20;
+
+struct Stack {
+  std::vector<Block> blocks;
+  size_t block = 0, used = 0;
+};
+
+Stack& stack() {
+  static thread_local Stack s;
+  return s;
+}
+
+} // namespace
+
+Arena::Arena() : block_(stack().block), used_(stack().used) {}
+
+Arena::~Arena() {
+  Stack& s = stack();
+  s.block = block_, s.used = used_;
+  if (block_ == 0 && used_ == 0 && !s.blocks.empty()) {
+    size_t total = 0;
+    for (const Block& b : s.blocks) total += b.size;
+    if (total > kKept) {
+      s.blocks.clear();
+    } else if (s.blocks.size() > 1) {  // the next call finds room in one block
+      s.blocks.clear();
+      void* p = std::aligned_alloc(64, total);
+      if (p) s.blocks.push_back({{static_cast<char*>(p), &std::free}, total});
+    }
+  }
+}
+
+void* Arena::bytes(size_t n) {
+  Stack& s = stack();
+  n = (n + 63) / 64 * 64;
+  while (s.block < s.blocks.size() && s.used + n > s.blocks[s.block].size) ++s.block, s.used = 0;
+  if (s.block == s.blocks.size()) {
+    size_t size = n < (size_t(1) << 16) ? size_t(1) << 16 : n;
+    void* p = std::aligned_alloc(64, size);
+    STD_TORCH_CHECK(p != nullptr, "bam_kernels: cannot allocate ", size, " bytes of scratch memory");
+    s.blocks.push_back({{static_cast<char*>(p), &std::free}, size});
+    s.used = 0;
+  }
+  void* p = s.blocks[s.block].data.get() + s.used;
+  s.used += n;
+  return p;
+}
+
+// --- tensors ----------------------------------------------------------------------------------
+
+namespace {
+
+// As `bam_kernels.layout.strides`: false where x cannot be walked in that order.
+bool walk(const Tensor& x, bool channels_last, View& v) {
+  const auto size = x.sizes();
+  const auto st = x.strides();
+  v.n = size[0], v.c = size[1], v.h = size[2], v.w = size[3], v.p = v.h * v.w;
+  v.channels_last = channels_last;
+  if (v.h > 1 && v.w > 1 && st[2] != v.w * st[3]) return false;
+  const int64_t sp = v.w > 1 ? st[3] : st[2];
+  const int64_t inner_length = channels_last ? v.c : v.p, inner = channels_last ? st[1] : sp;
+  const int64_t outer_length = channels_last ? v.p : v.c, outer = channels_last ? sp : st[1];
+  if (inner_length > 1 && inner != 1) return false;
+  v.line = outer_length > 1 ? outer : inner_length;
+  v.sample = v.n > 1 ? st[0] : v.line * outer_length;
+  return true;
+}
+
+} // namespace
+
+View view_of(const Tensor& x, const char* name) {
+  check_tensor(x, name);
+  STD_TORCH_CHECK(
+      x.dim() == 4, name, ": expected [N, C, H, W], got ",
+      shape_text(x.sizes().data(), int64_t(x.sizes().size())));
+  View v, last;
+  const bool rows = walk(x, false, v), columns = walk(x, true, last);
+  STD_TORCH_CHECK(
+      rows || columns, name, ": expected positions or channels to be dense, got other strides");
+  // A 1x1 map is both; dense channels then give the longer lines.
+  if (!rows || (columns && v.p == 1 && v.c > 1)) return last;
+  return v;
+}
+
+View view_like(const Tensor& t, const char* name, const View& like) {
+  check_tensor(t, name);
+  View v;
+  STD_TORCH_CHECK(t.dim() == 4, name, ": expected [N, C, H, W]");
+  STD_TORCH_CHECK(
+      walk(t, like.channels_last, v), name, ": expected the memory format of x, got other strides");
+  return v;
+}
+
+Planes planes_of(int64_t height, int64_t width, int64_t dilation, int lanes) {
+  Planes g;
+  g.height = height, g.width = width, g.dilation = dilation;
+  g.pitch = width + dilation;
+  g.origin = dilation * g.pitch + dilation;
+  g.span = (height - 1) * g.pitch + width;
+  const int64_t vectors = (g.span + lanes - 1) / lanes * lanes;
+  int64_t plane = g.origin + (height + dilation) * g.pitch;
+  if (plane < g.origin + vectors) plane = g.origin + vectors;
+  g.plane = (plane + 15) / 16 * 16;
+  return g;
+}
+
+template <class A>
+const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena) {
+  if (absent(t)) return nullptr;
+  check_tensor(t, name);
+  int64_t expected = 1;
+  for (int64_t size : shape) expected *= size;
+  const int64_t n = t.numel();
+  STD_TORCH_CHECK(
+      n == expected, name, ": expected shape ",
+      shape_text(shape.begin(), int64_t(shape.size())), ", got ",
+      shape_text(t.sizes().data(), int64_t(t.sizes().size())));
+  if (t.scalar_type() == TypeOf<A>::value && t.is_contiguous()) return data<A>(t);
+  A* out = arena.take<A>(n);
+  with_type(t.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    const S* from = data<S>(t);
+    auto convert = [&](const S* p, A* to, int64_t count) {
+      if constexpr (std::is_same_v<S, A>) {
+        std::memcpy(to, p, size_t(count) * sizeof(A));
+      } else {
+        AccOf<S>* wide = std::is_same_v<AccOf<S>, A> ? reinterpret_cast<AccOf<S>*>(to)
+                                                     : arena.take<AccOf<S>>(count);
+        if constexpr (std::is_same_v<S, AccOf<S>>) {
+          for (int64_t i = 0; i < count; ++i) to[i] = A(p[i]);
+        } else {
+          kernels<S>().widen(p, wide, count);
+          if (static_cast<void*>(wide) != static_cast<void*>(to))
+            for (int64_t i = 0; i < count; ++i) to[i] = A(wide[i]);
+        }
+      }
+    };
+    if (t.is_contiguous()) {
+      convert(from, out, n);
+      return;
+    }
+    // Gathered in the storage type first; at most four axes.
+    S* dense = arena.take<S>(n);
+    const auto sizes = t.sizes();
+    const auto strides = t.strides();
+    const int64_t dim = int64_t(sizes.size());
+    int64_t size[4] = {1, 1, 1, 1}, stride[4] = {0, 0, 0, 0};
+    STD_TORCH_CHECK(dim <= 4, name, ": expected at most four axes, got ", dim);
+    for (int64_t i = 0; i < dim; ++i) size[4 - dim + i] = sizes[i], stride[4 - dim + i] = strides[i];
+    S* to = dense;
+    for (int64_t a = 0; a < size[0]; ++a)
+      for (int64_t b = 0; b < size[1]; ++b)
+        for (int64_t c = 0; c < size[2]; ++c)
+          for (int64_t d = 0; d < size[3]; ++d)
+            *to++ = from[a * stride[0] + b * stride[1] + c * stride[2] + d * stride[3]];
+    convert(dense, out, n);
+  });
+  return out;
+}
+template const float* values<float>(
+    const Tensor&, const char*, std::initializer_list<int64_t>, Arena&);
+template const double* values<double>(
+    const Tensor&, const char*, std::initializer_list<int64_t>, Arena&);
+
+template <class A>
+void write_values(const A* from, const Tensor& to, int64_t n) {
+  with_type(to.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    S* out = mutable_data<S>(to);
+    if constexpr (std::is_same_v<S, A>) {
+      if (static_cast<const void*>(out) != static_cast<const void*>(from))
+        std::memcpy(out, from, size_t(n) * sizeof(A));
+    } else if constexpr (std::is_same_v<AccOf<S>, A>) {
+      kernels<S>().narrow(from, out, n);
+    } else if constexpr (sizeof(S) == 2) {
+      Arena arena;
+      float* narrow = arena.take<float>(n);
+      for (int64_t i = 0; i < n; ++i) narrow[i] = float(from[i]);
+      kernels<S>().narrow(narrow, out, n);
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = S(from[i]);
+    }
+  });
+}
+template void write_values<float>(const float*, const Tensor&, int64_t);
+template void write_values<double>(const double*, const Tensor&, int64_t);
+
+// --- the gate's vectors -------------------------------------------------------------------------
+
+template <class A>
+bool can_factor(const A* c, int64_t channels, const A* s, int64_t positions) {
+  const A limit = std::is_same_v<A, float> ? A(80) : A(700);
+  A largest_c = 0, largest_s = 0;
+  bool numbers = true;
+  for (int64_t i = 0; i < channels; ++i) {
+    const A size = std::abs(c[i]);
+    numbers &= size == size;
+    largest_c = size > largest_c ? size : largest_c;
+  }
+  for (int64_t i = 0; i < positions; ++i) {
+    const A size = std::abs(s[i]);
+    numbers &= size == size;
+    largest_s = size > largest_s ? size : largest_s;
+  }
+  return numbers && largest_c + largest_s < limit;
+}
+template bool can_factor<float>(const float*, int64_t, const float*, int64_t);
+template bool can_factor<double>(const double*, int64_t, const double*, int64_t);
+
+template <class A>
+Gate<A> prepare_gate(
+    Combine combine, bool residual, bool channels_last, const A* c, int64_t channels, const A* s,
+    int64_t positions, A* c_room, A* s_room) {
+  const WideKernels<A>& k = wide_kernels<A>();
+  Gate<A> g{Map::sum, residual, channels_last, c_room, s_room};
+  if (!c || !s) {
+    g.map = c ? Map::channel : Map::spatial;
+    if (c) k.sigmoid(c, c_room, channels);
+    else k.sigmoid(s, s_room, positions);
+    return g;
+  }
+  if (combine == Combine::sum && can_factor(c, channels, s, positions)) {
+    g.map = Map::factored;
+    k.exp_negative(c, c_room, channels);
+    k.exp_negative(s, s_room, positions);
+  } else if (combine == Combine::sum || combine == Combine::product) {
+    g.map = combine == Combine::sum ? Map::sum : Map::product;
+    g.by_channel = c, g.by_position = s;
+  } else {
+    g.map = combine == Combine::maximum ? Map::maximum : Map::sigmoid_sum;
+    k.sigmoid(c, c_room, channels);
+    k.sigmoid(s, s_room, positions);
+  }
+  return g;
+}
+template Gate<float> prepare_gate<float>(
+    Combine, bool, bool, const float*, int64_t, const float*, int64_t, float*, float*);
+template Gate<double> prepare_gate<double>(
+    Combine, bool, bool, const double*, int64_t, const double*, int64_t, double*, double*);
+
+template <class A>
+void* pixel_mask(const Planes& g, int64_t span, Arena& arena) {
+  using Word = std::conditional_t<std::is_same_v<A, float>, uint32_t, uint64_t>;
+  Word* mask = arena.zeros<Word>(span);
+  for (int64_t row = 0; row < g.height; ++row)
+    std::memset(mask + row * g.pitch, 0xff, size_t(g.width) * sizeof(Word));
+  return mask;
+}
+template void* pixel_mask<float>(const Planes&, int64_t, Arena&);
+template void* pixel_mask<double>(const Planes&, int64_t, Arena&);
+
+} // namespace bam

@@ -1,0 +1,137 @@
+// What the launchers share: scratch memory, threads, and tensors as the kernels see them.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+
+namespace bam {
+
+// Scratch memory of the calling thread, given back when the arena ends: a bump allocator over
+// blocks that the thread keeps, so that a steady state allocates nothing. Arenas nest.
+class Arena {
+ public:
+  Arena();
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  // Uninitialised, aligned to 64 bytes, with a vector's width of room behind the end.
+  template <class T>
+  T* take(int64_t n) {
+    return static_cast<T*>(bytes(size_t(n) * sizeof(T) + 64));
+  }
+  template <class T>
+  T* zeros(int64_t n) {
+    T* p = take<T>(n);
+    std::memset(static_cast<void*>(p), 0, size_t(n) * sizeof(T) + 64);
+    return p;
+  }
+
+ private:
+  void* bytes(size_t n);
+  size_t block_, used_;
+};
+
+// f(begin, end) over [0, n) in torch's thread pool, or here.
+template <class F>
+void parallel(bool threads, int64_t n, const F& f) {
+  if (n <= 0) return;
+  if (!threads || n == 1) f(int64_t(0), n);
+  else torch::stable::parallel_for(0, n, 1, f);
+}
+
+// The part k of `parts` of [0, n).
+inline int64_t part(int64_t k, int64_t parts, int64_t n) { return n * k / parts; }
+
+// x [N, C, H, W] as N x C x P. Either positions or, channels_last, channels are dense.
+struct View {
+  int64_t n, c, h, w, p;
+  bool channels_last;
+  int64_t sample, line;  // strides, along N and along the axis that is not dense
+};
+
+View view_of(const Tensor& x, const char* name);
+// t's strides, which must walk as `like` does.
+View view_like(const Tensor& t, const char* name, const View& like);
+
+Planes planes_of(int64_t height, int64_t width, int64_t dilation, int lanes);
+
+template <class S>
+struct TypeOf;
+template <>
+struct TypeOf<float> {
+  static constexpr ScalarType value = ScalarType::Float;
+};
+template <>
+struct TypeOf<double> {
+  static constexpr ScalarType value = ScalarType::Double;
+};
+template <>
+struct TypeOf<bf16> {
+  static constexpr ScalarType value = ScalarType::BFloat16;
+};
+template <>
+struct TypeOf<f16> {
+  static constexpr ScalarType value = ScalarType::Half;
+};
+
+// Calls f with a value of the storage type.
+template <class F>
+void with_type(ScalarType type, F&& f) {
+  switch (type) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(bf16{});
+    default: return f(f16{});
+  }
+}
+
+template <class S>
+const S* data(const Tensor& t) {
+  return static_cast<const S*>(t.const_data_ptr());
+}
+template <class S>
+S* mutable_data(const Tensor& t) {
+  return static_cast<S*>(t.mutable_data_ptr());
+}
+
+inline bool absent(const Tensor& t) { return t.numel() == 0; }
+
+// A parameter's values, dense and in the accumulator's type: its own memory where that is so
+// already, else a copy in the arena. Null where it is absent (no elements).
+template <class A>
+const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena);
+
+// The same of results: written to by `finish`.
+template <class A>
+void write_values(const A* from, const Tensor& to, int64_t n);
+
+// gamma / sqrt(var + eps) and beta - mean * scale, with a bias in front of the norm folded in.
+template <class A>
+struct Affine {
+  const A* scale = nullptr;
+  const A* shift = nullptr;
+};
+
+// The gate's vectors for one sample, from logits in the accumulator's type; `c_room` and `s_room`
+// hold what they become.
+template <class A>
+Gate<A> prepare_gate(
+    Combine combine, bool residual, bool channels_last, const A* c, int64_t channels, const A* s,
+    int64_t positions, A* c_room, A* s_room);
+
+// Whether exp(-c) * exp(-s) stays finite for all pairs.
+template <class A>
+bool can_factor(const A* c, int64_t channels, const A* s, int64_t positions);
+
+// All bits of a word where a position of the span is a pixel.
+template <class A>
+void* pixel_mask(const Planes& g, int64_t vectors_span, Arena& arena);
+
+} // namespace bam
