@@ -16,9 +16,9 @@ _HAS_GPU = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_
 if not _HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)  # interpreted kernels are one thread; a pool only steals their core
-    from bam_kernels.testing.interpreter import patch_once_a_launch
+    from bam_kernels.testing.interpreter import accelerate
 
-    patch_once_a_launch()
+    accelerate()
 
 # The tables of tolerances are for fp32 arithmetic; the test of TF32 switches it on for itself.
 torch.backends.cudnn.allow_tf32 = False
@@ -47,7 +47,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def large_tiles():
+def large_tiles(monkeypatch: pytest.MonkeyPatch):
     """Tiles for tests of what stands above the kernels: the interpreter's time goes with their
     number. The kernels' own tests run the shipped tables, and so does everything on a GPU."""
     if _HAS_GPU:
@@ -56,6 +56,11 @@ def large_tiles():
     from bam_kernels.backends.triton import configs
 
     tile = configs.Tile(128, 256, 4, 1)
+    split = configs.split_weight_gradient
+    # A few tiles in two parts are split as well as in as many parts as there are tiles.
+    monkeypatch.setattr(
+        configs, "split_weight_gradient", lambda n: min(n, 2) if n <= 16 else split(n)
+    )
     with configs.override(**dict.fromkeys(configs.KERNELS, tile)):
         yield
 
