@@ -439,7 +439,9 @@ def _serve(rank: int, store: str, connection: Connection) -> None:
     import torch.distributed.tensor
 
     from bam_kernels.backends.triton import configs
+    from bam_kernels.testing.interpreter import accelerate
 
+    accelerate()
     torch.set_num_threads(1)
     library = let_sync_batch_norm_take_cpu_tensors()
     distributed.init_process_group(

@@ -44,9 +44,15 @@ def amp_step(module, x, dout, dtype, inside=False):
     return out, x.grad, [p.grad for p in module.parameters()]
 
 
-@pytest.mark.parametrize("inside", (False, True), ids=("outside", "inside"))
-@pytest.mark.parametrize("x_half", (False, True), ids=("float32", "half"))
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset,x_half,inside",
+    (
+        ("paper", False, False),
+        ("paper", True, True),
+        ("official", False, True),
+        ("official", True, False),
+    ),
+)
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=name)
 def test_autocast_gradients(dtype, preset, x_half, inside, device, seed):
     """No further from float64 than the reference under the same autocast: by half as much again, or
@@ -54,7 +60,7 @@ def test_autocast_gradients(dtype, preset, x_half, inside, device, seed):
     ours, plain = (without_kinks(module) for module in pair(device, torch.float32, preset=preset))
     ours.eval(), plain.eval()  # batch statistics of small batches amplify rounding at will
     truth = copy.deepcopy(plain).double()
-    x = make_map((8, 24, 9, 11), dtype if x_half else torch.float32, device)
+    x = make_map((4, 24, 9, 11), dtype if x_half else torch.float32, device)
     dout = x * (1 + 0.5 * torch.randn_like(x))
     with torch.autocast(device.type, dtype):
         assert explain(ours, x).backend == "triton"
@@ -78,7 +84,7 @@ def test_grad_scaler(dtype, preset, device, seed):
     reference's under the same autocast within 4 roundings of the half type."""
     modules = [without_kinks(m).eval() for m in pair(device, torch.float32, preset=preset)]
     start = flat(modules[0].parameters())
-    batches = [make_map((8, 24, 9, 11), torch.float32, device) for _ in range(3)]
+    batches = [make_map((3, 24, 9, 11), torch.float32, device) for _ in range(3)]
     moved = []
     for module in modules:
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-2, momentum=0.9)

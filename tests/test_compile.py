@@ -177,7 +177,7 @@ def test_batch_sizes_beyond_the_fused_mlp_recompile_once(monkeypatch, device, se
     """Where a batch outgrows the kernel of the channel MLP, neither the limit nor the words about
     it tie the graph to one size."""
     monkeypatch.setattr(fusable, "_MLP_REGISTERS", 16 * 16)
-    model = randomize(BAM(24, 4)).to(device).double()
+    model = randomize(BAM(24, 4, spatial=False)).to(device).double()
     assert fusable.unfusable_mlp(model.channel, 16) is None
     twin, graphs = copy.deepcopy(model), Graphs()
     compiled = torch.compile(model, fullgraph=True, backend=graphs)

@@ -28,7 +28,7 @@ from bam_kernels.testing.traffic import measure
 pytestmark = pytest.mark.usefixtures("large_tiles")
 
 F64 = torch.float64
-SHAPE = (4, 24, 5, 7)
+SHAPE = (3, 24, 5, 7)
 
 
 @pytest.fixture(autouse=True)
