@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from bam_kernels import ops, reference  # noqa: F401 - importing ops registers the operators
+from bam_kernels import inference, ops, reference  # noqa: F401 - importing ops registers the operators
 from bam_kernels.backends.reference import split_pairs
 from bam_kernels.config import check_combine
 from bam_kernels.dispatch import DTYPES, choose_backend, log_once
@@ -124,12 +124,17 @@ def bam(
     """
     check_module_input(x, channel, spatial)
     check_combine(combine)
-    if x.shape[0] == 0 or choose_backend(x) == "reference":
+    backend = choose_backend(x)
+    if x.shape[0] == 0 or backend == "reference":
         return _plain(x, channel, spatial, combine, residual, observer)
     reason = unfusable(channel, spatial)
     if reason is not None:
         log_once(f"running plain PyTorch: {reason}")
         return _plain(x, channel, spatial, combine, residual, observer)
+    if backend == "cpp" and observer is None:
+        arguments = inference.arguments(x, channel, spatial, combine, residual)
+        if arguments is not None:
+            return torch.ops.bam_kernels.bam(x, *arguments)
 
     weight = bias = None
     if spatial is not None:

@@ -119,6 +119,10 @@ struct Affine {
   const A* shift = nullptr;
 };
 
+// [h][P], planar, from sample n of a map of either format.
+template <class A>
+void load_planar(const Tensor& t, const View& v, int64_t n, A* out, Arena& arena);
+
 // The gate's vectors for one sample, from logits in the accumulator's type; `c_room` and `s_room`
 // hold what they become.
 template <class A>

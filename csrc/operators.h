@@ -21,4 +21,31 @@ void bam_forward(
     Tensor x, Tensor out, std::vector<Tensor> params, std::vector<int64_t> options,
     std::vector<double> eps);
 
+// x-sized operators of training. What is absent has no elements; results are given, uninitialised.
+void pool_reduce(Tensor x, Tensor weight, Tensor bias, Tensor pooled, Tensor reduced);
+void gate_forward(Tensor x, Tensor c, Tensor s, Tensor out, int64_t combine, bool residual);
+void gate_gradient(Tensor dout, Tensor x, Tensor c, Tensor s, Tensor dc, Tensor ds, int64_t combine);
+void input_gradient(
+    Tensor dout, Tensor x, Tensor c, Tensor s, Tensor dpooled, Tensor dreduced, Tensor weight,
+    Tensor dx, Tensor dweight, Tensor dbias, int64_t combine, bool residual);
+void update_running(
+    std::vector<Tensor> means, std::vector<Tensor> variances, std::vector<Tensor> counters,
+    std::vector<Tensor> batch_means, std::vector<Tensor> batch_variances,
+    std::vector<int64_t> counts, std::vector<double> momenta);
+
+// The spatial branch behind the reduction; see `bam_kernels.backends.triton` for the arguments.
+void spatial_forward(
+    Tensor reduced, std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor project_weight,
+    Tensor project_bias, std::vector<Tensor> gammas, std::vector<Tensor> betas,
+    std::vector<Tensor> means, std::vector<Tensor> variances, Tensor logits, Tensor statistics,
+    bool hidden_norm, bool norm, std::vector<bool> batch_stats, std::vector<double> eps,
+    int64_t dilation);
+void spatial_backward(
+    Tensor dlogits, Tensor statistics, Tensor reduced, std::vector<Tensor> weights,
+    std::vector<Tensor> biases, Tensor project_weight, Tensor project_bias,
+    std::vector<Tensor> gammas, std::vector<Tensor> betas, std::vector<Tensor> means,
+    std::vector<Tensor> variances, Tensor dreduced, Tensor dconvolutions, Tensor dprojection,
+    Tensor dnorms, bool hidden_norm, bool norm, std::vector<bool> batch_stats,
+    std::vector<double> eps, int64_t dilation);
+
 } // namespace bam

@@ -17,6 +17,7 @@ gradient of x leaves ``pool_reduce_linked``; no factor is visible outside of the
 """
 
 from bam_kernels.ops import (  # noqa: F401 - importing them registers the operators
+    bam,
     channel_mlp,
     gate,
     linked,

@@ -3,6 +3,7 @@
 
 #include "conv.h"
 #include "gradient.h"
+#include "planes.h"
 #include "reduce.h"
 
 namespace bam {
@@ -70,8 +71,10 @@ const Kernels<S>* table_of() {
 template <class A>
 const WideKernels<A>* wide_table_of() {
   static const WideKernels<A> table = {
-      conv<A>,       conv_weight_gradient<A>, project<A>, exp_negative<A>,
-      sigmoid_all<A>, sigmoid_slope<A>,       linear<A>,
+      conv<A>,          conv_weight_gradient<A>, project<A>,   outer<A>,
+      inner<A>,         moments<A>,              activate<A>,  project_gradient<A>,
+      relu_gradient<A>, norm_sums<A>,            norm_gradient<A>, exp_negative<A>,
+      sigmoid_all<A>,   sigmoid_slope<A>,        linear<A>,
   };
   return &table;
 }

@@ -93,6 +93,35 @@ struct WideKernels {
       const A* dz, const A* in, const Planes& g, int64_t h, int64_t o0, int64_t o1, A* dw);
   void (*project)(
       const A* in, const Planes& g, int64_t h, const A* weight, A* logits, int64_t v0, int64_t v1);
+  // The two products of matrices, for the small layers.
+  // out [rows][n] (+)= a [rows][k] b [k][n]: a by any strides, b's rows dense.
+  void (*outer)(
+      int64_t rows, int64_t n, int64_t k, const A* a, int64_t row, int64_t step, const A* b,
+      int64_t b_step, A* out, int64_t ld, bool accumulate);
+  // out [rows][columns] (+)= a [rows][n] b [columns][n]^T, out by any strides.
+  void (*inner)(
+      int64_t rows, int64_t columns, int64_t n, const A* a, int64_t a_row, const A* b,
+      int64_t b_row, A* out, int64_t out_row, int64_t out_column, bool accumulate);
+  // Of padded planes, channels [j0, j1): out[j] = sum of z, or of (z - mean)^2 where mean is given.
+  void (*moments)(
+      const A* z, const Planes& g, const void* mask, const A* mean, int64_t j0, int64_t j1, A* out);
+  // a = relu(z * scale + shift)
+  void (*activate)(
+      const A* z, A* a, const Planes& g, const void* mask, const A* scale, const A* shift,
+      int64_t j0, int64_t j1);
+  // du = weight dq where act > 0; dweight[j] = sum of dq act. dq is by position of the span.
+  void (*project_gradient)(
+      const A* dq, const A* act, const Planes& g, const A* weight, A* du, A* dweight, int64_t j0,
+      int64_t j1);
+  void (*relu_gradient)(A* du, const A* act, const Planes& g, int64_t j0, int64_t j1);
+  // sums[j] = sum of du, products[j] = sum of du (z - mean) rstd
+  void (*norm_sums)(
+      const A* du, const A* z, const Planes& g, const A* mean, const A* rstd, int64_t j0,
+      int64_t j1, A* sums, A* products);
+  // du = scale (du - mean_gradient - (z - mean) rstd mean_product)
+  void (*norm_gradient)(
+      A* du, const A* z, const Planes& g, const void* mask, const A* mean, const A* rstd,
+      const A* scale, const A* mean_gradient, const A* mean_product, int64_t j0, int64_t j1);
   void (*exp_negative)(const A* from, A* to, int64_t n);  // exp(-x)
   void (*sigmoid)(const A* from, A* to, int64_t n);
   void (*sigmoid_slope)(const A* from, A* to, int64_t n);  // sigmoid'(x)
