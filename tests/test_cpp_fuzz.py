@@ -1,0 +1,226 @@
+"""Random modules on random maps: the C++ backend against float64, within the one table.
+
+BAM_KERNELS_FUZZ_EXAMPLES sets how many (100 by default; 2000 for a full run); what fails is
+printed as the smallest case that still does. Cases are well-conditioned by construction, so that
+the table holds as it is: enough samples behind batch statistics, randomised running statistics and
+affine parameters, and for half types hidden units clear of their kinks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from cases import COMBINES, DTYPES, PRESETS
+from kinks import clear_of_kinks, without_kinks
+from test_cpp_parity import cpp, run, threads  # noqa: F401 - a fixture of every test here
+from test_module import gathered, randomize, twin
+from tolerances import PARITY, Errors
+from torch import Tensor, nn
+
+from bam_kernels import BAM, explain
+
+hypothesis = pytest.importorskip("hypothesis", reason="pip install hypothesis")
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+EXAMPLES = int(os.environ.get("BAM_KERNELS_FUZZ_EXAMPLES", "100"))
+F64 = torch.float64
+
+# How a map lies in a larger one: the order of its axes in memory, room before and behind it along
+# each axis (N, C, H, W), and steps over every second element.
+ORDERS = ((0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 2, 3), (0, 1, 3, 2), (2, 3, 0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lie:
+    """Where a map lies in memory."""
+
+    order: tuple[int, ...]
+    room: tuple[int, ...]
+    steps: tuple[int, ...]
+
+    def make(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Normal values of this shape, laid out so."""
+        big = [n * k + 2 * r for n, k, r in zip(shape, self.steps, self.room, strict=True)]
+        memory = torch.randn([big[axis] for axis in self.order]).to(dtype)
+        x = memory.permute([self.order.index(axis) for axis in range(4)])
+        for axis, (n, k, r) in enumerate(zip(shape, self.steps, self.room, strict=True)):
+            x = x.narrow(axis, r, n * k)
+        x = x[:: self.steps[0], :: self.steps[1], :: self.steps[2], :: self.steps[3]]
+        assert tuple(x.shape) == shape
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A module, a map, and how it is run."""
+
+    shape: tuple[int, int, int, int]
+    options: tuple[tuple[str, object], ...]
+    dtype: torch.dtype
+    lie: Lie
+    dout_lie: Lie
+    mode: str
+    threads: int
+    seed: int
+
+
+lies = st.builds(
+    Lie,
+    st.sampled_from(ORDERS),
+    st.tuples(*[st.sampled_from((0, 0, 1, 3))] * 4),
+    st.tuples(*[st.sampled_from((1, 1, 1, 2))] * 4),
+)
+dense = st.builds(Lie, st.sampled_from(ORDERS[:2]), st.just((0,) * 4), st.just((1,) * 4))
+
+
+@st.composite
+def cases(draw) -> Case:
+    channels = draw(st.integers(1, 80))
+    n, h, w = draw(st.integers(0, 5)), draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    mode = draw(st.sampled_from(("inference", "eval", "train", "train_no_grad")))
+    dtype = draw(st.sampled_from(DTYPES))
+    preset = draw(st.sampled_from(PRESETS))
+    branches = draw(st.sampled_from(((True, True), (True, True), (True, False), (False, True))))
+    options = {
+        "reduction": draw(st.integers(1, min(channels, 20))),
+        "dilation": draw(st.integers(1, 6)),
+        "num_dilated": draw(st.integers(0, 3)),
+        "mlp_layers": draw(st.sampled_from((1, 1, 0, 2))),
+        "combine": draw(st.sampled_from((None, *COMBINES))),
+        "channel": branches[0],
+        "spatial": branches[1],
+        "residual": draw(st.booleans()),
+        "preset": preset,
+        "norm_hidden": draw(st.sampled_from((None, True, False))),
+        "norm_final": draw(st.sampled_from((None, True, False))),
+    }
+    if mode.startswith("train"):
+        n = n + 8  # values behind a channel's statistics
+        h, w = max(h, 2), max(w, 2)
+    return Case(
+        (n, channels, h, w),
+        tuple(options.items()),
+        dtype,
+        draw(st.one_of(dense, lies)),
+        draw(st.one_of(dense, lies)),
+        mode,
+        draw(st.integers(1, 3)),
+        draw(st.integers(0, 2**31 - 1)),
+    )
+
+
+def make_module(case: Case) -> nn.Module:
+    module = BAM(case.shape[1], **dict(case.options), dtype=case.dtype)
+    randomize(module)
+    return without_kinks(module) if case.dtype.itemsize == 2 else module
+
+
+def check(case: Case) -> None:
+    """Ours within the table of float64, or as near as eager is in the case's dtype."""
+    torch.manual_seed(case.seed)
+    ours = make_module(case)
+    truth, eager = twin(ours, F64), twin(ours, case.dtype)
+    train = case.mode.startswith("train")
+    truth.train(train)
+    x = case.lie.make(case.shape, case.dtype)
+    if x.numel() > 0:
+        x = clear_of_kinks(lambda: case.lie.make(case.shape, case.dtype), truth, truth)
+    noise = case.dout_lie.make(case.shape, case.dtype)
+    dout = noise if train else (noise * 0).add_(x * (1 + 0.5 * torch.randn_like(x)))
+    assert explain(ours.train(train), x).backend == ("cpp" if case.shape[0] else "reference")
+    with threads(case.threads):
+        found = run(ours, x, dout, case.mode)
+        want = run(truth, x.double(), dout.double(), case.mode)
+        peer = run(eager, x, dout, case.mode)
+    assert list(found) == list(want)
+    assert found["out"].shape == x.shape and found["out"].dtype == x.dtype
+    for fmt in (torch.contiguous_format, torch.channels_last):
+        if x.is_contiguous(memory_format=fmt):
+            assert found["out"].is_contiguous(memory_format=fmt)
+    for key in want:
+        if key.endswith("num_batches_tracked"):
+            assert found[key] == want[key], key
+    if case.shape[0] == 0:
+        return
+    scales = {k: v.norm().item() for k, v in want.items() if k.startswith("d") and v is not None}
+    found, want, peer = (gathered(each, scales or {"": 1.0}) for each in (found, want, peer))
+    errors = Errors()
+    for key, b in want.items():
+        if key in scales and key != "dx" and not comparable(case, b):
+            continue
+        errors.add(key, found[key], b, peer[key], together=key in scales and key != "dx")
+    errors.check(peers=False) if case.dtype == F64 else None
+
+
+def comparable(case: Case, gradient: Tensor) -> bool:
+    """Whether a parameter's gradient has digits to compare. A few numbers that sum noise over the
+    map in training have none but in float64, and are all but zero in front of a batch norm."""
+    return case.dtype == F64 or not (case.mode == "train" and gradient.numel() < 8)
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(case=cases())
+def test_random_modules(case):
+    check(case)
+
+
+@settings(
+    max_examples=max(EXAMPLES // 2, 1),
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 80), st.integers(1, 20), st.integers(1, 20)),
+    lie=lies,
+    dtype=st.sampled_from(DTYPES),
+    logits_dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    which=st.sampled_from(("cs", "c", "s")),
+    combine=st.sampled_from(COMBINES),
+    residual=st.booleans(),
+    scale=st.sampled_from((0.5, 3.0, 30.0, 1e3)),
+    count=st.integers(1, 3),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_random_gates(
+    shape, lie, dtype, logits_dtypes, which, combine, residual, scale, count, seed
+):
+    """The gate on logits of any size, dtype and stride, with and without gradients."""
+    from test_cpp_parity import gradients
+    from tolerances import relative_error
+
+    from bam_kernels import functional, reference
+
+    torch.manual_seed(seed)
+    n, ch, h, w = shape
+    x = lie.make(shape, dtype)
+    c = s = None
+    if "c" in which:
+        c = (scale * torch.randn(ch, n).t()).to(logits_dtypes[0])
+    if "s" in which:
+        s = (scale * torch.randn(n, 1, w, h).transpose(2, 3)).to(logits_dtypes[1])
+    dout = x * (1 + 0.5 * torch.randn_like(x))
+    options = (combine, residual)
+    with threads(count):
+        found = gradients(functional.gate, (x, c, s), dout, *options)
+        with torch.inference_mode():
+            out = functional.gate(x, c, s, *options)
+    wide = [None if t is None else t.double() for t in (x, c, s)]
+    want = gradients(reference.gate, wide, dout.double(), *options)
+    assert torch.equal(out, found["out"])
+    for key, b in want.items():
+        # Logits are taken to float32 for an x of less than float64, products and sums of large
+        # ones lose what float32 cannot hold: as much as their size.
+        bound = max(PARITY[found[key].dtype], 2e-6 if dtype != F64 else 0.0)
+        bound *= max(1.0, (scale * scale if combine == "product" else scale) / 3)
+        if b.norm() > 1e-30 and (key in ("out", "dx") or scale <= 3):
+            assert relative_error(found[key], b) <= bound, key
