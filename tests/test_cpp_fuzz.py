@@ -79,14 +79,18 @@ dense = st.builds(Lie, st.sampled_from(ORDERS[:2]), st.just((0,) * 4), st.just((
 
 @st.composite
 def cases(draw) -> Case:
-    channels = draw(st.integers(1, 80))
-    n, h, w = draw(st.integers(0, 5)), draw(st.integers(1, 20)), draw(st.integers(1, 20))
     mode = draw(st.sampled_from(("inference", "eval", "train", "train_no_grad")))
+    # A norm with batch statistics takes away what scales its input: with one unit in front of it
+    # nearly the whole gradient, and with few values behind it nearly everything.
+    train = mode.startswith("train")
+    channels = draw(st.integers(16 if train else 1, 80))
+    n = draw(st.integers(0, 5)) + (8 if train else 0)
+    h, w = (draw(st.integers(3 if train else 1, 20)) for _ in "hw")
     dtype = draw(st.sampled_from(DTYPES))
     preset = draw(st.sampled_from(PRESETS))
     branches = draw(st.sampled_from(((True, True), (True, True), (True, False), (False, True))))
     options = {
-        "reduction": draw(st.integers(1, min(channels, 20))),
+        "reduction": draw(st.integers(1, min(channels // 4 if train else channels, 20))),
         "dilation": draw(st.integers(1, 6)),
         "num_dilated": draw(st.integers(0, 3)),
         "mlp_layers": draw(st.sampled_from((1, 1, 0, 2))),
@@ -98,9 +102,6 @@ def cases(draw) -> Case:
         "norm_hidden": draw(st.sampled_from((None, True, False))),
         "norm_final": draw(st.sampled_from((None, True, False))),
     }
-    if mode.startswith("train"):
-        n = n + 8  # values behind a channel's statistics
-        h, w = max(h, 2), max(w, 2)
     return Case(
         (n, channels, h, w),
         tuple(options.items()),
@@ -138,28 +139,36 @@ def check(case: Case) -> None:
         peer = run(eager, x, dout, case.mode)
     assert list(found) == list(want)
     assert found["out"].shape == x.shape and found["out"].dtype == x.dtype
-    for fmt in (torch.contiguous_format, torch.channels_last):
-        if x.is_contiguous(memory_format=fmt):
-            assert found["out"].is_contiguous(memory_format=fmt)
     for key in want:
         if key.endswith("num_batches_tracked"):
             assert found[key] == want[key], key
-    if case.shape[0] == 0:
+    if case.shape[0] == 0:  # plain PyTorch's, whose empty maps lie as they like
         return
+    for fmt in (torch.contiguous_format, torch.channels_last):
+        if x.is_contiguous(memory_format=fmt):
+            assert found["out"].is_contiguous(memory_format=fmt)
     scales = {k: v.norm().item() for k, v in want.items() if k.startswith("d") and v is not None}
     found, want, peer = (gathered(each, scales or {"": 1.0}) for each in (found, want, peer))
     errors = Errors()
     for key, b in want.items():
-        if key in scales and key != "dx" and not comparable(case, b):
+        if key in scales and key != "dx" and not comparable(case, key, b):
             continue
         errors.add(key, found[key], b, peer[key], together=key in scales and key != "dx")
     errors.check(peers=False) if case.dtype == F64 else None
 
 
-def comparable(case: Case, gradient: Tensor) -> bool:
-    """Whether a parameter's gradient has digits to compare. A few numbers that sum noise over the
-    map in training have none but in float64, and are all but zero in front of a batch norm."""
-    return case.dtype == F64 or not (case.mode == "train" and gradient.numel() < 8)
+def comparable(case: Case, key: str, gradient: Tensor) -> bool:
+    """Whether a parameter's gradient has digits to compare, in training.
+
+    A final norm takes away what scales its input: nearly all of the projection's gradient where one
+    unit or none is on in front of it; at a width of 8 and more there are others. A few numbers that
+    sum noise over the map have digits in float64 alone.
+    """
+    if case.mode != "train":
+        return True
+    if key.endswith("project.weight") and gradient.numel() < 8:
+        return False
+    return case.dtype == F64 or gradient.numel() >= 8
 
 
 @settings(

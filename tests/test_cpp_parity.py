@@ -153,7 +153,8 @@ def test_shapes(preset, shape, isa, seed):
         for dtype, mode in itertools.product((F64, torch.float32), ("inference", "eval")):
             make = lambda: BAM(shape[1], preset=preset, dtype=dtype)  # noqa: B023, E731
             compare(make, shape, dtype, layout, mode)
-        make = lambda: BAM(shape[1], preset=preset, dtype=F64)  # noqa: E731
+        # Wider inside: with a single unit on, a final norm takes the projection's gradient away.
+        make = lambda: BAM(shape[1], 4, preset=preset, dtype=F64)  # noqa: E731
         compare(make, shape, F64, layout, "train")
 
 
