@@ -56,6 +56,7 @@ SITES = (
 )  # fmt: skip
 TINY = ((2, 32, 8, 8),)
 OVERHEAD = (1, 32, 4, 4)
+ONE_SAMPLE = "no training on one sample: the channel branch's norms need a batch"
 PAUSE_S = 0.005  # in which the threads of the side before go to sleep
 WARMUPS = 3
 WIDTH = 210  # of the tables where no terminal sets it
@@ -126,16 +127,20 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def problems(args: argparse.Namespace) -> list[cpu_peers.Problem]:
-    """What is timed, in order."""
+def problems(
+    args: argparse.Namespace,
+) -> tuple[list[cpu_peers.Problem], list[cpu_peers.Problem]]:
+    """What is timed, in order; and what cannot be: batch statistics take more than one sample."""
     modes = (sites.INFERENCE, sites.TRAINING) if args.mode == "both" else (args.mode,)
-    return [
+    wanted = [
         cpu_peers.Problem(size, dtype, mode, preset)
         for mode in modes
         for preset in args.presets
         for dtype in args.dtype
         for size in args.sites
     ]
+    left = [each for each in wanted if each.mode == sites.TRAINING and each.size[0] == 1]
+    return [each for each in wanted if each not in left], left
 
 
 # --- times ------------------------------------------------------------------------------------
@@ -274,7 +279,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             "peers": args.peers, "quick": args.quick,
         },
     }  # fmt: skip
-    todo = problems(args)
+    todo, left = problems(args)
+    result["not_timed"] = {str(each): ONE_SAMPLE for each in left}
     requests = [] if args.no_memory else memory_requests(args)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

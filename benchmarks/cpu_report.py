@@ -146,6 +146,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         if rows:
             console.print(_times(rows, mode))
             _reasons(rows, console)
+    for where, reason in result.get("not_timed", {}).items():
+        console.print(f"- {where} not timed: {reason}", markup=False)
     limits = result["limits"]
     rates = ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in limits["matmul_gflops"].items())
     copies = ", ".join(f"{k} {v:.1f}" for k, v in limits["copy_gigabytes_per_second"].items())

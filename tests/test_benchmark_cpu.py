@@ -123,6 +123,13 @@ def test_what_was_not_measured_is_a_miss():
         assert judged(overhead={"site": "s", "ratio": ratio})[0][1] is expected
 
 
+def test_training_takes_more_than_one_sample():
+    args = cpu.settle(cpu.parser().parse_args(["--sites", "1x32x4x4", "2x32x4x4"]))
+    todo, left = cpu.problems(args)
+    assert {(each.size[0], each.mode) for each in left} == {(1, "training")}
+    assert len(todo) == 6 and len(left) == 2
+
+
 def test_summary_has_quartiles():
     found = cpu.summary([5.0, 1.0, 2.0, 4.0, 3.0])
     assert found == {"median_ms": 3.0, "min_ms": 1.0, "q1_ms": 2.0, "q3_ms": 4.0, "rounds": 5}
