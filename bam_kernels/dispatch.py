@@ -1,7 +1,8 @@
 """Which backend runs: the rules, the choice, and the words that explain it.
 
 ``auto`` takes Triton for CUDA, ROCm and XPU tensors, and for CPU tensors where Triton's
-interpreter is on; plain PyTorch everywhere else. A backend asked for by name runs or raises.
+interpreter is on; C++ for the other CPU tensors; plain PyTorch where neither can run. A backend
+asked for by name runs or raises.
 """
 
 from __future__ import annotations
@@ -78,11 +79,20 @@ _process_backend = env.backend()
 
 
 def why_not(backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot run on tensors of this device type; None if it can."""
+    """Why `backend` cannot run on tensors of this device type; None if it can.
+
+    For "cpp" on the CPU the first call compiles and loads its library, where that can be.
+    """
     if backend == "reference":
         return None
-    if backend in ("cpp", "cuda"):
-        return f"this version of bam_kernels has no {backend} backend; use 'triton' or 'reference'"
+    if backend == "cuda":
+        return "this version of bam_kernels has no cuda backend; use 'triton'"
+    if backend == "cpp":
+        if device_type != "cpu":
+            return f"the C++ backend runs on the CPU, not on {device_type!r} devices"
+        from bam_kernels.backends import cpp_library
+
+        return cpp_library.why_not()
     if not _installed("triton"):
         return "Triton is not installed; pip install triton"
     if device_type in TRITON_DEVICES:
@@ -104,9 +114,19 @@ def why_not(backend: str, device_type: str) -> str | None:
     return f"Triton does not run on {device_type!r} devices; use 'reference'"
 
 
+def _damaged(backend: str, device_type: str) -> bool:
+    """Whether what keeps `backend` from running is a damaged installation."""
+    if backend != "cpp" or device_type != "cpu":
+        return False
+    from bam_kernels.backends import cpp_library
+
+    return cpp_library.is_damaged()
+
+
 # What torch.compiler.assume_constant_result does; calling that here would import Dynamo and, with
 # it, Triton, which reads TRITON_INTERPRET once and for all when it is imported.
 why_not._dynamo_marked_constant = True
+_damaged._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -118,10 +138,11 @@ def _installed(package: str) -> bool:
 
 
 def choose_backend(x: Tensor) -> str:
-    """The backend that runs for this input: "triton" or "reference".
+    """The backend that runs for this input: "triton", "cpp" or "reference".
 
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run.
+        ImportError: it is the C++ backend's turn, and its installed library is damaged.
         ValueError: ``BAM_KERNELS_BACKEND`` names no backend.
     """
     name = requested_backend()
@@ -129,13 +150,25 @@ def choose_backend(x: Tensor) -> str:
     if name != "auto":
         reason = why_not(name, device_type)
         if reason is not None:
+            _raise_if_damaged(name, device_type, reason)
             raise BackendUnavailableError(f"backend {name!r} cannot run: {reason}")
         return name
+    # Where Triton runs CPU tensors at all, somebody has switched its interpreter on for that.
     reason = why_not("triton", device_type)
     if reason is None:
         return "triton"
+    if device_type == "cpu":
+        reason = why_not("cpp", device_type)
+        if reason is None:
+            return "cpp"
+        _raise_if_damaged("cpp", device_type, reason)
     log_once(f"running plain PyTorch on {device_type}: {reason}")
     return "reference"
+
+
+def _raise_if_damaged(backend: str, device_type: str, reason: str) -> None:
+    if _damaged(backend, device_type):
+        raise ImportError(reason)
 
 
 def log_once(message: str) -> None:

@@ -16,7 +16,7 @@ class Explanation:
     """What `explain` found; its string is made for reading.
 
     Attributes:
-        backend: the one that runs: "triton" or "reference".
+        backend: the one that runs: "triton", "cpp" or "reference".
         requested: what was asked for; "auto" unless set.
         reasons: by backend that does not run, why not.
         notes: parts of the module that run as PyTorch's own operators, and why.
@@ -55,7 +55,7 @@ def explain(module: BAM | SqueezeExcite, x: Tensor) -> Explanation:
     reasons: dict[str, str] = {}
     for name in BACKENDS:
         if name not in ("auto", backend):
-            reasons[name] = why_not(name, x.device.type) or f"{backend!r} was chosen before it"
+            reasons[name] = _why_not_chosen(name, backend, requested, x.device.type)
     notes: list[str] = []
     if backend != "reference":
         whole = "the batch is empty" if x.shape[0] == 0 else fusable.unfusable(channel, spatial)
@@ -69,3 +69,11 @@ def explain(module: BAM | SqueezeExcite, x: Tensor) -> Explanation:
             part = fusable.unfusable_spatial(spatial)
             notes += [] if part is None else [f"the spatial branch runs as PyTorch's own: {part}"]
     return Explanation(backend, requested, reasons, tuple(notes))
+
+
+def _why_not_chosen(name: str, backend: str, requested: str, device_type: str) -> str:
+    """Asks a backend only where it has been asked already: the first question may compile it."""
+    before = f"{backend!r} was chosen before it"
+    if name == "cpp" and device_type == "cpu" and (backend == "triton" or requested != "auto"):
+        return before
+    return why_not(name, device_type) or before

@@ -19,10 +19,15 @@ library = torch.library.Library("bam_kernels", "DEF")
 
 def backend_of(x: Tensor) -> ModuleType:
     """The module whose functions compute the operators for x."""
-    if dispatch.choose_backend(x) == "triton":
+    backend = dispatch.choose_backend(x)
+    if backend == "triton":
         from bam_kernels.backends import triton
 
         return triton
+    if backend == "cpp":
+        from bam_kernels.backends import cpp
+
+        return cpp
     return reference
 
 
