@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
         help="compare fused BAMs with plain PyTorch in a ResNet-50, and draw their attention",
         description="Run a training step and an inference of a ResNet-50 with BAM, on the fused "
         "kernels and in plain PyTorch; compare both with float64; draw the attention maps. Without "
-        "a GPU the kernels run in Triton's interpreter on the CPU (a minute or two).",
+        "a GPU the C++ kernels run, which a C++ compiler builds the first time; where there is "
+        "none, Triton's in its interpreter (a minute or two).",
         epilog="Exit status: 0 where the two agree, 1 where they do not, 2 for bad arguments or "
         "missing packages.",
     )
@@ -76,6 +77,13 @@ def _parser() -> argparse.ArgumentParser:
         help="auto, cpu, cuda, cuda:1, xpu, ...; auto, the default, takes a GPU where there is one",
     )
     add(
+        "--backend",
+        choices=("auto", "triton", "cpp"),
+        default="auto",
+        help="the kernels: triton, on a CPU in its interpreter; cpp, on a CPU; auto, the default, "
+        "takes triton on a GPU and cpp on a CPU",
+    )
+    add(
         "--preset",
         choices=("paper", "official"),
         default="paper",
@@ -99,15 +107,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    if importlib.util.find_spec("triton") is None:
-        return _error("Triton is not installed; pip install triton")
-
     from bam_kernels import demo
 
     options = demo.Options(**{k: v for k, v in vars(args).items() if k != "run"})
     try:
-        device = demo.find_device(options.device)
-        if device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
+        device, backend = demo.resolve(options, _say)
+        if backend == "triton" and device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
             os.environ["TRITON_INTERPRET"] = "1"
             if "triton" in sys.modules:  # Triton read the variable when it was imported
                 return _again(args)
@@ -129,6 +134,10 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _say(text: str) -> None:
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
 def _error(message: str) -> int:
     print(f"bam_kernels demo: error: {' '.join(message.split())}", file=sys.stderr)
     return USAGE_ERROR
@@ -137,7 +146,7 @@ def _error(message: str) -> int:
 def _again(args: argparse.Namespace) -> int:
     """The same command in a fresh process, which sees the environment as it is now."""
     words = []
-    for name in ("output", "device", "preset", "size", "batch", "seed"):
+    for name in ("output", "device", "backend", "preset", "size", "batch", "seed"):
         words += [f"--{name}={getattr(args, name)}"]
     words += ["--pretrained"] if args.pretrained else []
     words += [] if args.image is None else ["--", str(args.image)]
@@ -155,7 +164,7 @@ def _again(args: argparse.Namespace) -> int:
 def _progress(steps: int) -> Iterator[Callable[[str], None]]:
     """Tells on stderr what is being done: a bar on a terminal with rich, else a line a step."""
     if importlib.util.find_spec("rich") is None or not sys.stderr.isatty():
-        yield lambda text: print(f"... {text}", file=sys.stderr, flush=True)
+        yield _say
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -167,7 +176,7 @@ def _progress(steps: int) -> Iterator[Callable[[str], None]]:
 
 
 def _print_report(report: Report) -> None:
-    clock = "interpreted, not a speed" if report.interpreted else "median, launches included"
+    clock = "interpreted, not a speed" if report.interpreted else "medians"
     print(f"photograph: {report.source}")
     print(f"device: {report.device}")
     print()

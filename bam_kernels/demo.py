@@ -29,6 +29,7 @@ from bam_kernels import dispatch, env, reference
 from bam_kernels.analysis.attention import AttentionMap, attention_maps
 from bam_kernels.analysis.figure import Stage, draw_attention
 from bam_kernels.analysis.parity import Comparison, Cost, Run, compare, measure
+from bam_kernels.backends import cpp_library
 from bam_kernels.integrate import insert_bam
 
 PLACES = ("layer1", "layer2", "layer3")  # the bottlenecks of a ResNet (Fig. 1)
@@ -36,7 +37,8 @@ STEPS = 6 + len(PLACES)
 """How many times `run` calls its `step`."""
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as torchvision's weights expect
-_REPEATS = 20  # of a timed step on a device; the interpreter's is timed once
+# How often a step is timed: on a GPU, on a CPU, and in the interpreter, whose time means nothing.
+_GPU_REPEATS, _CPU_REPEATS, _INTERPRETER_REPEATS = 20, 3, 1
 # Triton's interpreter takes its time for a tile, not for an element: few and large ones.
 _INTERPRETER_TILE = {"block_c": 512, "block_p": 2048, "num_warps": 4, "num_stages": 1}
 
@@ -56,6 +58,7 @@ class Options:
     output: Path = Path("demo_output")
     pretrained: bool = False
     device: str = "auto"
+    backend: str = "auto"
     preset: str = "paper"
     size: int = 224
     batch: int = 4
@@ -97,14 +100,17 @@ def run(options: Options, step: Step = lambda text: None) -> Report:
         DemoError: an unreadable image, an option out of range, a device, a package or weights that
             cannot be had (all before anything is written), a folder that cannot be written.
     """
-    device = _check(options)
+    device, backend = resolve(options)
+    reason = dispatch.why_not(backend, device.type)
+    if reason is not None:
+        raise DemoError(f"the fused kernels cannot run on {device}: {reason}")
     step("reading the photograph")
     image, source = _load_image(options.image)
     images, photo = _views(image, options)
     images = images.to(device)
-    interpreted = env.triton_interpret()
+    interpreted = backend == "triton" and env.triton_interpret()
 
-    with _settings(device, interpreted):
+    with _settings(device, backend, interpreted):
         step("building ResNet-50 with BAM")
         pytorch, fused = _build(options, device)
         truth = copy.deepcopy(pytorch).double()
@@ -117,7 +123,8 @@ def run(options: Options, step: Step = lambda text: None) -> Report:
         def backward(logits: Tensor) -> None:
             F.cross_entropy(logits, labels).backward()
 
-        repeats = 1 if device.type == "cpu" or interpreted else _REPEATS
+        repeats = _CPU_REPEATS if device.type == "cpu" else _GPU_REPEATS
+        repeats = _INTERPRETER_REPEATS if interpreted else repeats
         step("network on plain PyTorch")
         with _flows(pytorch) as flows:
             plain_run = measure(pytorch, images, backward, repeats)
@@ -131,7 +138,7 @@ def run(options: Options, step: Step = lambda text: None) -> Report:
         for name in PLACES:
             step(f"{name}.bam alone")
             parts.append(_part_alone(f"{name}.bam", *alone[name], *flows[name], repeats))
-        parts.append(_part("network", images, "triton", fused_run, plain_run, truth_run, deep=True))
+        parts.append(_part("network", images, backend, fused_run, plain_run, truth_run, deep=True))
 
     step("drawing the picture")
     try:
@@ -148,7 +155,15 @@ def run(options: Options, step: Step = lambda text: None) -> Report:
 # --- what is asked for ------------------------------------------------------------------------
 
 
-def _check(options: Options) -> torch.device:
+def resolve(options: Options, say: Step = lambda text: None) -> tuple[torch.device, str]:
+    """The device and the backend that the options come to, after a check of all of them.
+
+    `say` is called before the C++ kernels are loaded, which may compile them. Where they cannot run
+    "auto" on a CPU comes to "triton", whose interpreter the caller is to switch on.
+
+    Raises:
+        DemoError: as `run`.
+    """
     for package in ("torchvision", "matplotlib", "PIL"):
         if importlib.util.find_spec(package) is None:
             raise DemoError(f"{package} is not installed; pip install 'bam_kernels[demo]'")
@@ -157,11 +172,21 @@ def _check(options: Options) -> torch.device:
             raise DemoError(f"--{name}: expected at least {least}, got {getattr(options, name)}")
     if options.output.exists() and not options.output.is_dir():
         raise DemoError(f"--output: {options.output} is not a folder")
-    device = find_device(options.device)
-    reason = dispatch.why_not("triton", device.type)
+    device, backend = find_device(options.device), options.backend
+    if backend == "auto":
+        backend = "triton" if device.type != "cpu" or env.triton_interpret() else "cpp"
+    if backend == "triton" or device.type != "cpu":
+        return device, backend
+    say("loading the C++ kernels; the first time, compiling them")
+    reason = dispatch.why_not("cpp", "cpu")
     if reason is not None:
-        raise DemoError(f"the fused kernels cannot run on {device}: {reason}")
-    return device
+        if options.backend == "cpp" or cpp_library.is_damaged():
+            raise DemoError(f"the C++ kernels cannot run: {reason}")
+        if importlib.util.find_spec("triton") is None:
+            raise DemoError(f"no kernels can run: {reason}; nor is Triton installed")
+        say(f"Triton's interpreter in place of the C++ kernels: {reason}")
+        backend = "triton"
+    return device, backend
 
 
 def find_device(name: str) -> torch.device:
@@ -190,9 +215,9 @@ def _is_available(kind: str) -> bool:
 
 
 @contextlib.contextmanager
-def _settings(device: torch.device, interpreted: bool) -> Iterator[None]:
+def _settings(device: torch.device, backend: str, interpreted: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(dispatch.use_backend("triton"))
+        stack.enter_context(dispatch.use_backend(backend))
         if device.type == "cuda":
             # TF32 convolutions would drown the difference that is looked for.
             stack.enter_context(
@@ -200,7 +225,9 @@ def _settings(device: torch.device, interpreted: bool) -> Iterator[None]:
             )
         if interpreted:
             from bam_kernels.backends.triton import configs
+            from bam_kernels.testing.interpreter import accelerate
 
+            accelerate()
             tile = configs.Tile(**_INTERPRETER_TILE)
             stack.enter_context(configs.override(**dict.fromkeys(configs.KERNELS, tile)))
         yield
@@ -414,6 +441,7 @@ def _as_json(report: Report, options: Options) -> dict[str, Any]:
             **{
                 name: importlib.import_module(name).__version__
                 for name in ("torch", "torchvision", "triton")
+                if importlib.util.find_spec(name) is not None
             },
         },
         "options": given,

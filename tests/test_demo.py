@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from bam_kernels import __version__, cli, demo
+from bam_kernels import __version__, cli, demo, dispatch
 from bam_kernels.analysis import parity
 from bam_kernels.analysis.figure import sample_channels
+from bam_kernels.backends import cpp_library
 
 np = pytest.importorskip("numpy")
 PIL = pytest.importorskip("PIL.Image")
@@ -44,34 +45,45 @@ def assert_shows_something(path: Path) -> None:
         assert panel.reshape(-1, 3).std(axis=0).max() > 10
 
 
-def test_demo_in_a_process_of_its_own(photo, tmp_path):
-    output = tmp_path / "out"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(demo.__file__).parents[1])
-    command = [
-        sys.executable,
-        "-m",
-        "bam_kernels",
-        "demo",
-        str(photo),
-        f"--output={output}",
-        *SMALL,
-    ]
-    done = subprocess.run(
-        [*command, "--device=cpu"], env=environment, cwd=tmp_path, capture_output=True, text=True
+def demo_process(
+    folder: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The command in a fresh process, in which nobody has switched Triton's interpreter on."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    clean["PYTHONPATH"] = str(Path(demo.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-m", "bam_kernels", "demo", *arguments, *SMALL, "--device=cpu"],
+        env=clean | environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
     )
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_demo_in_a_process_of_its_own(backend, photo, tmp_path):
+    if backend == "cpp":
+        reason = cpp_library.why_not()
+        if reason is not None:
+            pytest.skip(reason)
+    output = tmp_path / "out"
+    # The C++ kernels are what a CPU takes by itself.
+    asked = [] if backend == "cpp" else [f"--backend={backend}"]
+    done = demo_process(tmp_path, str(photo), f"--output={output}", *asked)
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(output / "attention.png") in done.stdout and str(photo) in done.stdout
-    assert "interpreted, not a speed" in done.stdout and "FAILED" not in done.stdout
+    assert ("interpreted, not a speed" in done.stdout) == (backend == "triton")
+    assert "FAILED" not in done.stdout
     assert "network on the fused kernels" in done.stderr
     assert sorted(path.name for path in output.iterdir()) == ["attention.png", "results.json"]
     assert_shows_something(output / "attention.png")
 
     results = json.loads((output / "results.json").read_text())
-    assert results["versions"]["torch"] == torch.__version__ and results["interpreted"] is True
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["interpreted"] is (backend == "triton")
     parts = {part["name"]: part for part in results["parts"]}
     assert list(parts) == ["layer1.bam", "layer2.bam", "layer3.bam", "network"]
-    assert {part["backend"] for part in parts.values()} == {"triton"}
+    assert {part["backend"] for part in parts.values()} == {backend}
     assert parts["layer1.bam"]["shape"] == [4, 256, 16, 16]
     for part in parts.values():
         assert [c["passed"] for c in part["comparisons"]] == [True] * 4
@@ -80,6 +92,23 @@ def test_demo_in_a_process_of_its_own(photo, tmp_path):
     first = parts["layer1.bam"]
     assert first["fused"]["kept_input"] == 4 * 256 * 16 * 16 * 4
     assert first["fused"]["kept"] < first["pytorch"]["kept"]
+
+
+def test_without_a_compiler_the_interpreter_runs(photo, tmp_path, monkeypatch, capsys):
+    """As far as the choice; the interpreter's run is above."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, device_type: "no compiler")
+    monkeypatch.setattr(cpp_library, "is_damaged", lambda: False)
+    device, backend = demo.resolve(demo.Options(device="cpu"), cli._say)
+    assert (device.type, backend) == ("cpu", "triton")
+    assert (
+        "Triton's interpreter in place of the C++ kernels: no compiler" in capsys.readouterr().err
+    )
+    with pytest.raises(demo.DemoError, match="the C\\+\\+ kernels cannot run: no compiler"):
+        demo.resolve(demo.Options(device="cpu", backend="cpp"))
+    monkeypatch.setattr(cpp_library, "is_damaged", lambda: True)
+    with pytest.raises(demo.DemoError, match="the C\\+\\+ kernels cannot run: no compiler"):
+        demo.resolve(demo.Options(device="cpu"))
 
 
 def test_a_gate_that_is_off_by_a_hundredth_fails(photo, tmp_path, monkeypatch, capsys):
@@ -138,6 +167,7 @@ def test_an_unreadable_image_is_one_line_and_writes_nothing(broken, tmp_path, ca
         (["--device=abacus"], "--device: expected auto, cpu, cuda or xpu, got 'abacus'"),
         (["--device=cuda:99"], "--device: PyTorch finds"),
         (["--device=meta"], "Triton does not run on 'meta' devices"),
+        (["--device=meta", "--backend=cpp"], "the C++ backend runs on the CPU, not on 'meta'"),
         (["--output={photo}"], "is not a folder"),
     ],
 )
@@ -166,7 +196,7 @@ def test_a_package_that_is_missing(photo, monkeypatch, capsys):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["demo", str(photo)]) == 2
     assert capsys.readouterr().err == (
-        "bam_kernels demo: error: Triton is not installed; pip install triton\n"
+        "bam_kernels demo: error: torchvision is not installed; pip install 'bam_kernels[demo]'\n"
     )
 
 
