@@ -4,7 +4,7 @@ VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 PYTEST_ARGS ?= -q -n auto
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest lint sanitize abi-audit clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m bam_kernels demo $(DEMO_ARGS)
@@ -19,6 +19,31 @@ test-oldest: $(OLDEST_VENV)/.installed
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The C++ backend's tests with its library built with sanitizers, whose runtimes must be in the
+# process before anything else is: hence the preloads, and libstdc++'s, in which they look for what
+# throws. Leaks are not looked for: Python itself and torch leave to the system what they hold at
+# exit. Triton's interpreter is no C++ of ours, and slow under this.
+SANITIZE_CXX ?= g++
+SANITIZED = build/cpp-sanitized
+SANITIZE_TESTS ?= $(filter-out tests/test_cpp_build.py,$(wildcard tests/test_cpp_*.py))
+runtime = $(shell $(SANITIZE_CXX) -print-file-name=$(1))
+
+sanitize: $(VENV)/.installed
+	CXX='$(SANITIZE_CXX)' $(VENV)/bin/python -m bam_kernels.build_cpp --sanitize \
+		--output $(SANITIZED)/lib/_C.abi3.so
+	CXX='$(SANITIZE_CXX)' $(VENV)/bin/python -m bam_kernels.build_cpp --sanitize --testing \
+		--output $(SANITIZED)/lib/bam_kernels_cpp_testing.so
+	CXX='$(SANITIZE_CXX)' BAM_KERNELS_CPP_LIBRARY=$(SANITIZED)/lib/_C.abi3.so \
+		BAM_KERNELS_TEST_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD='$(call runtime,libasan.so) $(call runtime,libubsan.so) $(call runtime,libstdc++.so)' \
+		$(VENV)/bin/python -m pytest -q -s -p no:cacheprovider $(SANITIZE_TESTS)
+
+# One binary for every supported torch and Python: only symbols that are stable.
+abi-audit: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet torch-abi-audit
+	$(VENV)/bin/python -m bam_kernels.build_cpp --output build/abi-audit/_C.abi3.so
+	$(VENV)/bin/torch-abi-audit --check both --verbose build/abi-audit/_C.abi3.so
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

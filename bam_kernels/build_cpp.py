@@ -42,7 +42,10 @@ _X86_FLAGS = {
         "-mprefer-vector-width=512",
     ),
 }  # fmt: skip
-_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-omit-frame-pointer")
+# Less optimised than what is shipped: compiled with sanitizers, that takes minutes a file.
+_SANITIZE = (
+    "-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-omit-frame-pointer", "-O1", "-g",
+)  # fmt: skip
 _ERROR_LINES = 6  # of a compiler's output, in a message
 
 
@@ -331,9 +334,7 @@ def _ninja_file(
     objects = []
     for source in sources:
         source = source.resolve()
-        name = str(source.relative_to(csrc)).replace("/", "-")
-        # A build of other flags has objects of its own, beside these.
-        obj = f"{name}.sanitized.o" if sanitize else f"{name}.o"
+        obj = str(source.relative_to(csrc)).replace("/", "-") + ".o"
         own = (*own_flags.get(source, (_PYTHON_TARGET,)), *instruction_set(source))
         lines += [f"build {obj}: compile {_path(source)}", f"  own = {_words(own)}"]
         objects.append(obj)
@@ -357,6 +358,11 @@ def _first_lines(text: str) -> str:
     return "\n".join(lines[first : first + _ERROR_LINES]) or "no output"
 
 
+def work_folder(sanitize: bool = False) -> Path:
+    """Where a checkout's objects are kept."""
+    return PACKAGE.parent / "build" / ("cpp-sanitized" if sanitize else "cpp")
+
+
 # --- by hand ----------------------------------------------------------------------------------
 
 
@@ -370,13 +376,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--output", type=Path, metavar="FILE", default=PACKAGE / LIBRARY_NAME)
-    add("--work", type=Path, metavar="DIR", default=PACKAGE.parent / "build" / "cpp")
+    add("--work", type=Path, metavar="DIR", help="for the objects (default: build/cpp)")
     add("--sanitize", action="store_true", help="with the address and undefined sanitizers")
     add("--testing", action="store_true", help="the tests' pybind11 module in its place")
     args = parser.parse_args(argv)
     make = build_testing if args.testing else build
     try:
-        make(args.output, work=args.work, sanitize=args.sanitize)
+        make(args.output, work=args.work or work_folder(args.sanitize), sanitize=args.sanitize)
     except BuildError as error:
         print(f"bam_kernels: error: {error}", file=sys.stderr)
         return 1
