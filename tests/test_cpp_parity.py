@@ -120,8 +120,9 @@ def compare(
         scales = {k: v.norm().item() for k, v in want.items() if k.startswith("d")} or {"": 1.0}
         found, want, peer = (gathered(each, scales) for each in (found, want, peer))
         for key, b in want.items():
-            # A single number that sums noise over the whole map: any error relative to it is luck.
-            if b.numel() == 1 and train and dtype != F64:
+            # A single number may sum noise over the map, in eval mode too where a product's
+            # gradients have c's signs: in fewer digits than float64's its error is luck.
+            if b.numel() == 1 and dtype != F64:
                 continue
             errors.add(key, found[key], b, peer[key], together=key in scales and key != "dx")
     errors.check(peers=draws >= 5)
@@ -467,6 +468,11 @@ def test_extreme_logits_and_inputs(combine, dtype, layout, residual, isa, seed):
     c, s = torch.randn(2, 24, dtype=dtype), torch.randn(2, 1, 3, 5, dtype=dtype)
     c[0, 6:12] = torch.tensor([1e4, -1e4, 1e4, -1e4, 80.0, -80.0], dtype=dtype)
     s[0, 0, 1] = torch.tensor([1e4, -1e4, 60.0, -60.0, 0.0], dtype=dtype)
+    if combine == "product":
+        # Every product saturated or of ordinary size: with factors of 1e4 and the other near zero a
+        # gradient is a small difference of large numbers, in eager as well.
+        c, s = (t + 0.5 * t.sign() for t in (c, s))
+        s[0, 0, 1, 4] = 0.5
     c[1, :3] = torch.tensor([float("inf"), float("-inf"), float("nan")], dtype=dtype)
     s[1, 0, 2, 0] = float("-inf")
     dout = torch.randn_like(x)
