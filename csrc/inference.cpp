@@ -60,6 +60,17 @@ Affine<A> read_norm(
   return folded(bias, v[0], v[1], v[2], v[3], r.next_eps(), n, arena);
 }
 
+// As `values`, of what cannot be absent.
+template <class A>
+const A* required(
+    const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena) {
+  const A* p = values<A>(t, name, shape, arena);
+  STD_TORCH_CHECK(
+      p != nullptr, name, ": expected shape ", shape_text(shape.begin(), int64_t(shape.size())),
+      ", got a tensor without elements");
+  return p;
+}
+
 template <class A>
 struct Linear {
   const A* weight;
@@ -106,7 +117,7 @@ Module<S> read_module(
     const Tensor& weight = r.next();
     STD_TORCH_CHECK(weight.dim() == 2, "channel.fc: expected a [out, in] weight");
     const int64_t outs = last ? v.c : weight.size(0);
-    Linear<A> layer{values<A>(weight, "channel.fc", {outs, ins}, arena), {}, outs, ins};
+    Linear<A> layer{required<A>(weight, "channel.fc", {outs, ins}, arena), {}, outs, ins};
     const A* bias = values<A>(r.next(), "channel.fc's bias", {outs}, arena);
     layer.affine =
         read_norm<A>(r, "channel's norm", last ? channel_final : channel_hidden, bias, outs, arena);
@@ -117,15 +128,16 @@ Module<S> read_module(
   if (m.has_spatial) {
     m.hidden = options[10];
     const int64_t h = m.hidden;
-    m.reduce = values<A>(r.next(), "spatial.reduce", {h, v.c}, arena);
+    STD_TORCH_CHECK(h >= 1, "options: expected a hidden width of at least 1, got ", h);
+    m.reduce = required<A>(r.next(), "spatial.reduce", {h, v.c}, arena);
     const A* bias = values<A>(r.next(), "spatial.reduce's bias", {h}, arena);
     m.reduce_affine = read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, arena);
     for (int64_t i = 0; i < convolutions; ++i) {
-      m.convs.push_back(values<A>(r.next(), "spatial.dilated", {h, h, 3, 3}, arena));
+      m.convs.push_back(required<A>(r.next(), "spatial.dilated", {h, h, 3, 3}, arena));
       bias = values<A>(r.next(), "spatial.dilated's bias", {h}, arena);
       m.conv_affines.push_back(read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, arena));
     }
-    m.project = values<A>(r.next(), "spatial.project", {1, h}, arena);
+    m.project = required<A>(r.next(), "spatial.project", {1, h}, arena);
     bias = values<A>(r.next(), "spatial.project's bias", {1}, arena);
     const Affine<A> last =
         read_norm<A>(r, "spatial's last norm", spatial_final, bias, 1, arena);

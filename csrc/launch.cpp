@@ -128,6 +128,7 @@ const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t
   int64_t expected = 1;
   for (int64_t size : shape) expected *= size;
   const int64_t n = t.numel();
+  // Vectors may come as [n] or [1, n], and a 1x1 convolution's weight as a matrix.
   STD_TORCH_CHECK(
       n == expected, name, ": expected shape ",
       shape_text(shape.begin(), int64_t(shape.size())), ", got ",

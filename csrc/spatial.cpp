@@ -482,7 +482,7 @@ static void check_map_outputs(
   int64_t size = 0;
   for (size_t i = 0; i < batch_stats.size(); ++i)
     if (batch_stats[i]) size += 2 * (hidden_norm && i <= convolutions ? reduced.size(1) : 1);
-  check_shape(statistics, "statistics", {size});
+  check_shape(statistics, "statistics", {size}), check_contiguous(statistics, "statistics");
 }
 
 void spatial_forward(
@@ -521,8 +521,10 @@ void spatial_backward(
     check_shape(dconvolutions, "dconvolutions", {count * (9 * h + 1) * h});
   }
   check_tensor(dprojection, "dprojection"), check_shape(dprojection, "dprojection", {h + 1});
+  check_contiguous(dprojection, "dprojection");
   check_dtype(dnorms, "dnorms", logits_type(reduced));
   check_shape(dnorms, "dnorms", {(hidden_norm ? 2 * h * (count + 1) : 0) + (norm ? 2 : 0)});
+  check_contiguous(dnorms, "dnorms");
   if (reduced.numel() == 0) return;
   if (reduced.scalar_type() == ScalarType::Double)
     backward<double>(a, dlogits, statistics, dreduced, dconvolutions, dprojection, dnorms);

@@ -188,8 +188,13 @@ void gate_gradient(
   check_dtype(dout, "dout", x.scalar_type());
   check_shape(dout, "dout", {v.n, v.c, v.h, v.w});
   const View from = view_like(dout, "dout", v);
-  if (!absent(c)) check_shape(dc, "dchannel", {v.n, v.c}), check_contiguous(dc, "dchannel");
-  if (!absent(s)) check_shape(ds, "dspatial", {v.n, 1, v.h, v.w}), check_contiguous(ds, "dspatial");
+  if (!absent(c)) {
+    check_tensor(dc, "dc"), check_contiguous(dc, "dc"), check_shape(dc, "dc", {v.n, v.c});
+  }
+  if (!absent(s)) {
+    check_tensor(ds, "ds"), check_contiguous(ds, "ds");
+    check_shape(ds, "ds", {v.n, 1, v.h, v.w});
+  }
   if (x.numel() == 0) return;
   with_type(x.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
@@ -275,9 +280,13 @@ void input_gradient(
   }
   if (!absent(dweight)) {
     STD_TORCH_CHECK(has_reduced, "dreduced: expected a tensor for the weight's gradient, got none");
-    check_shape(dweight, "dweight", {h, v.c}), check_contiguous(dweight, "dweight");
+    check_tensor(dweight, "dweight"), check_contiguous(dweight, "dweight");
+    check_shape(dweight, "dweight", {h, v.c});
   }
-  if (!absent(dbias)) check_shape(dbias, "dbias", {h}), check_contiguous(dbias, "dbias");
+  if (!absent(dbias)) {
+    check_tensor(dbias, "dbias"), check_contiguous(dbias, "dbias");
+    check_shape(dbias, "dbias", {h});
+  }
   if (x.numel() == 0) return;
   with_type(x.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
@@ -354,7 +363,8 @@ void update_running(
     STD_TORCH_CHECK(
         counters[i].is_cpu() && counters[i].scalar_type() == ScalarType::Long &&
             counters[i].numel() == 1,
-        "counters: expected an int64 scalar on the CPU");
+        "counters: expected an int64 scalar on the CPU, got ", counters[i].numel(),
+        " elements of dtype ", int(counters[i].scalar_type()));
     int64_t* counter = static_cast<int64_t*>(counters[i].mutable_data_ptr());
     *counter += 1;
     const double given = momenta[i], count = double(counts[i]);

@@ -23,13 +23,14 @@ import torch
 from bam_kernels.backends import triton as backend
 from bam_kernels.testing.aot import compile_only
 
-dtype = torch.{dtype}
-torch.backends.cudnn.allow_tf32 = {tf32}
+def empty(*shape):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
 with compile_only("{target}") as reports:
-    for c, side, h in {sites}:
+    for name, tf32, (c, side, h) in {variants}:
+        dtype = getattr(torch, name)
+        torch.backends.cudnn.allow_tf32 = tf32
         for fmt in (torch.contiguous_format, torch.channels_last):
-            def empty(*shape):
-                return torch.empty(shape, dtype=dtype, device="meta")
             x = empty(32, c, side, side).contiguous(memory_format=fmt)
             dreduced = empty(32, h, side, side).contiguous(memory_format=fmt)
             channel, spatial, pooled = empty(32, c), empty(32, 1, side, side), empty(32, c)
@@ -55,18 +56,15 @@ import torch
 from bam_kernels.backends import triton as backend
 from bam_kernels.testing.aot import compile_only
 
-dtype = torch.{dtype}
-wide = torch.float64 if dtype == torch.float64 else torch.float32
-torch.backends.cudnn.allow_tf32 = {tf32}
-
-
 def empty(*shape):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 with compile_only("{target}") as reports:
-    for c, side, h in {sites}:
-        pooled, kept = empty(32, c), empty(32, h).to(wide)
+    for name, tf32, (c, side, h) in {variants}:
+        dtype = getattr(torch, name)
+        torch.backends.cudnn.allow_tf32 = tf32
+        pooled, kept = empty(32, c), empty(32, h).float()
         layers = (kept, pooled, empty(h, c), empty(h), empty(c, h), empty(c))
         none, batch = (False, False, 1e-5), (True, True, 1e-5)
         final, hidden, absent = [empty(c)] * 4, [empty(h)] * 4, [None] * 4
@@ -94,15 +92,36 @@ with compile_only("{target}") as reports:
 """
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize(
-    "dtype,tf32", (("float16", True), ("bfloat16", True), ("float32", True), ("float32", False))
+# What a process compiles for one target, since starting it takes as long as a dozen kernels:
+# (dtype, whether with TF32, site).
+TABLES = (
+    *(("float16", True, site) for site in SITES),
+    ("bfloat16", True, SITES[0]),
+    *(("float32", tf32, site) for tf32 in (True, False) for site in SITES),
 )
-def test_shipped_tables(dtype, tf32, target):
-    sites = SITES[:1] if dtype == "bfloat16" else SITES
-    code = CODE.format(dtype=dtype, tf32=tf32, target=target, sites=sites)
-    reports = aot.reports_in_subprocess(code, timeout=600)
-    assert {r.name for r in reports} == {
+# The narrowest branch and the widest, on tensor cores and without.
+BRANCH_TABLES = (
+    ("float16", True, SITES[0]),
+    ("float16", True, SITES[2]),
+    ("float32", True, SITES[0]),
+    ("float32", True, SITES[2]),
+)
+
+
+def compiled(code: str, target: str, variants: tuple, kernels: set[str]) -> list[aot.KernelReport]:
+    """The reports of all variants, each of which launched all of `kernels`."""
+    code = code.format(target=target, variants=list(variants))
+    reports = aot.reports_in_subprocess(code, timeout=1200)
+    launches, rest = divmod(len(reports), len(variants))
+    assert rest == 0
+    for first in range(0, len(reports), launches):
+        assert {r.name for r in reports[first : first + launches]} == kernels
+    return reports
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_shipped_tables(target):
+    kernels = {
         "_channel_mlp_kernel",
         "_gate_backward_reduce_kernel",
         "_gate_forward_kernel",
@@ -110,7 +129,7 @@ def test_shipped_tables(dtype, tf32, target):
         "_pool_reduce_kernel",
         "_sum_splits_kernel",
     }
-    for report in reports:
+    for report in compiled(CODE, target, TABLES, kernels):
         text = aot.format_table([report])
         assert report.spill_bytes == 0, text
         assert report.fits_shared, text
@@ -118,7 +137,7 @@ def test_shipped_tables(dtype, tf32, target):
             continue
         # 196 = 14 * 14 positions are a multiple of 4 only: 64 bits in half precision there.
         nchw = not report.constants["CHANNELS_LAST"]
-        narrow = nchw and report.constants["ALIGN"] == 4 and "float32" not in dtype
+        narrow = nchw and report.constants["ALIGN"] == 4 and report.signature["x"] != "*fp32"
         for name in ("x", "dout"):
             if name in report.accesses:
                 assert report.accesses[name].load_bits == {64 if narrow else 128}, text
@@ -128,20 +147,16 @@ def test_shipped_tables(dtype, tf32, target):
 
 
 def test_double_precision_compiles_without_spills():
-    code = CODE.format(dtype="float64", tf32=True, target="sm_90", sites=SITES[:1])
+    code = CODE.format(target="sm_90", variants=[("float64", True, SITES[0])])
     reports = aot.reports_in_subprocess(code, timeout=600)
     assert len(reports) >= 12
     assert [r for r in reports if r.spill_bytes] == []
 
 
-# The narrowest branch and the widest, on tensor cores and without.
 @pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize("dtype,site", (("float16", SITES[0]), ("float32", SITES[2])))
-def test_branches(dtype, site, target):
+def test_branches(target):
     """The kernels behind the heads, forward and backward, as the table has them: no spills."""
-    code = BRANCHES.format(dtype=dtype, tf32=True, target=target, sites=[site])
-    reports = aot.reports_in_subprocess(code, timeout=600)
-    assert {r.name for r in reports} == {
+    kernels = {
         "_channel_mlp_backward_in_kernel",
         "_channel_mlp_backward_out_kernel",
         "_dilated_conv_backward_kernel",
@@ -155,7 +170,7 @@ def test_branches(dtype, site, target):
         "_sum_splits_kernel",
         "_update_running_kernel",
     }
-    for report in reports:
+    for report in compiled(BRANCHES, target, BRANCH_TABLES, kernels):
         text = aot.format_table([report])
         assert report.spill_bytes == 0, text
         assert report.fits_shared, text

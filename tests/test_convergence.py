@@ -3,7 +3,7 @@
 The two curves can only lie on each other while no hidden unit of theirs is on at one and off at the
 other: there the gradient jumps, and the curves part by 1e-3 and more, as those of plain PyTorch do
 in float32 and in float64, or in two memory formats. So the network around BAM is smooth, and the
-seeds are ones with which no unit of BAM comes near its kink; the test checks that first.
+seed is one with which no unit of BAM comes near its kink, looked for in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bam_kernels import BAM, explain
 
 STEPS, BATCH, RATE, TEST_SAMPLES = 200, 8, 0.05, 400
 KINK = 3e-6  # the least distance from zero; the values in front of ReLUs agree to about 1e-6
-CASES = {"paper": (8, 53), "official": (4, 38)}  # by preset: reduction, seed
+CASES = {"paper": (8, 53), "official": (4, 38)}  # by preset: reduction, first seed
 
 
 def digits(device):
@@ -64,8 +64,11 @@ def closest_to_a_kink(bam: nn.Module) -> list[float]:
     return closest
 
 
-def train(model, images, labels):
-    """(losses of the steps, held-out loss and accuracy): SGD, its rate falling to 0."""
+def train(model, images, labels, kink=(math.inf,)):
+    """(losses of the steps, held-out loss and accuracy): SGD, its rate falling to 0.
+
+    None as soon as `kink`, where given, says that a unit came near it.
+    """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     held_out, rest = order[:TEST_SAMPLES], order[TEST_SAMPLES:]
     draw = torch.Generator().manual_seed(1)
@@ -82,6 +85,8 @@ def train(model, images, labels):
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
+        if kink[0] <= KINK:
+            return None
     model.eval()
     with torch.no_grad():
         logits = model(images[held_out])
@@ -90,19 +95,30 @@ def train(model, images, labels):
     return torch.tensor(losses, dtype=torch.float64), test_loss, accuracy
 
 
+def clear_of_kinks(preset, reduction, first_seed, images, labels):
+    """The first seed from `first_seed` on with which no unit comes near its kink in plain PyTorch:
+    (the network before its training, the outcome of the training)."""
+    for seed in range(first_seed, first_seed + 100):
+        torch.manual_seed(seed)
+        model = network(preset, reduction, images.device)
+        plain = copy.deepcopy(model)
+        plain[6] = twin(model[6], torch.float32)
+        kink = closest_to_a_kink(plain[6])
+        outcome = train(plain, images, labels, kink)
+        if kink[0] > KINK:
+            return model, outcome
+    raise AssertionError("no seed of 100 keeps all units away from their kinks")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", CASES)
 def test_the_loss_curves_lie_on_each_other(preset, device, large_tiles):
     """200 steps in float32 from one seed: at the end, on held-out digits, and all along the way."""
     images, labels = digits(device)
-    reduction, seed = CASES[preset]
-    torch.manual_seed(seed)
-    fused = network(preset, reduction, device)
-    plain = copy.deepcopy(fused)
-    plain[6] = twin(fused[6], torch.float32)
-    kink = closest_to_a_kink(plain[6])
-    want, test_loss, accuracy = train(plain, images, labels)
-    assert kink[0] > KINK, "on this machine a unit comes near its kink: choose another seed"
+    reduction, first_seed = CASES[preset]
+    fused, (want, test_loss, accuracy) = clear_of_kinks(
+        preset, reduction, first_seed, images, labels
+    )
     assert explain(fused[6], torch.randn(BATCH, 32, 4, 4, device=device)).backend == "triton"
     found, found_test_loss, found_accuracy = train(fused, images, labels)
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases import DTYPES, name
+from cases import name
 from kinks import clear_of_kinks, without_kinks
 from test_module import randomize
 from tolerances import Errors, assert_parity
@@ -109,9 +109,17 @@ def test_parity_in_float64(options, channels_last, train, device, seed):
     check(branch, (4, 9, 11), device, channels_last)
 
 
-@pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
-@pytest.mark.parametrize("options", ("paper", "official"))
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=name)
+@pytest.mark.parametrize(
+    "dtype,options,train",
+    (
+        *((torch.float32, options, t) for options in ("paper", "official") for t in (True, False)),
+        (torch.float16, "paper", True),
+        (torch.float16, "official", False),
+        (torch.bfloat16, "paper", False),
+        (torch.bfloat16, "official", True),
+    ),
+    ids=name,
+)
 def test_parity(dtype, options, train, device, seed):
     branch = make_branch(64, dtype, device, **OPTIONS[options]).train(train)
     if dtype.itemsize == 2:
@@ -133,7 +141,7 @@ def test_maps_smaller_than_the_dilation(options, shape, device, seed):
     check(branch, shape, device)
 
 
-@pytest.mark.parametrize("options", ("paper", "official", "both norms"))
+@pytest.mark.parametrize("options", ("paper", "official"))
 def test_many_partials(options, device, seed):
     """So many tiles that their partials are merged by a launch of their own."""
     branch = make_branch(12, torch.float64, device, **OPTIONS[options]).train()

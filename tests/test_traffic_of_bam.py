@@ -117,9 +117,17 @@ def test_frozen_parts_cost_nothing(seed, large_tiles):
     assert backward.passes(x) == pytest.approx(3.0, abs=0.01)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=name)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", ((2, 37, 7, 9), (3, 20, 1, 1), (1, 16, 5, 3)), ids=name)
+@pytest.mark.parametrize(
+    "shape,dtype",
+    (
+        ((2, 37, 7, 9), torch.float16),
+        ((2, 37, 7, 9), torch.float32),
+        ((3, 20, 1, 1), torch.float16),
+        ((1, 16, 5, 3), torch.float32),
+    ),
+    ids=name,
+)
 def test_no_byte_outside_of_a_tensor(shape, layout, dtype, seed):
     """Every kernel, forward and backward, on odd sizes, slices and both memory formats."""
     n, c, h, w = shape

@@ -12,8 +12,6 @@ from bam_kernels import layout
 from bam_kernels.backends import cpp_library, reference
 from bam_kernels.backends.reference import (
     accumulator_dtype,
-    channel_mlp_backward,
-    channel_mlp_forward,
     norm_widths,
     pairs_size,
 )
@@ -42,9 +40,7 @@ def _given(t: Tensor | None) -> Tensor:
     return _ABSENT if t is None else t
 
 
-def bam_forward(
-    x: Tensor, params: list[Tensor], options: list[int], eps: list[float]
-) -> Tensor:
+def bam_forward(x: Tensor, params: list[Tensor], options: list[int], eps: list[float]) -> Tensor:
     """A whole module whose batch norms have known statistics; see csrc/operators.h."""
     x = layout.walkable(x)
     out = torch.empty_like(x)
@@ -85,9 +81,7 @@ def gate_backward_reduce(
     x = layout.walkable(x)
     dout = layout.like(dout, x)
     dchannel, dspatial = (
-        x.new_empty(0)
-        if t is None
-        else torch.empty_like(t, memory_format=torch.contiguous_format)
+        x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
         for t in (channel, spatial)
     )
     _raw.gate_gradient(
@@ -136,6 +130,18 @@ def input_gradient(
         residual,
     )
     return dx, dweight, dbias
+
+
+def channel_mlp_forward(pooled: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    """The channel branch behind the pooling, on torch's operators in the accumulator's type."""
+    with torch.autocast("cpu", enabled=False):
+        return reference.channel_mlp_forward(pooled, *rest)
+
+
+def channel_mlp_backward(dlogits: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    """Its gradients; see `backends.reference.channel_mlp_backward`."""
+    with torch.autocast("cpu", enabled=False):
+        return reference.channel_mlp_backward(dlogits, *rest)
 
 
 def spatial_branch_forward(

@@ -15,7 +15,12 @@ from torch import Tensor
 from bam_kernels.backends.triton import configs
 from bam_kernels.backends.triton.channel_mlp import batch_statistics, dense
 from bam_kernels.backends.triton.device_math import dot, narrow
-from bam_kernels.backends.triton.launch import accumulator, accumulator_dtype, device_guard
+from bam_kernels.backends.triton.launch import (
+    accumulator,
+    accumulator_dtype,
+    device_guard,
+    registers,
+)
 
 
 @triton.jit
@@ -297,6 +302,8 @@ def channel_mlp_backward(
         "BLOCK_H": block_h,
         "num_warps": num_warps,
         "num_stages": 1,  # nothing to hide: pipelining these short loops only costs registers
+        # One program a multiprocessor or less: no occupancy to save registers for.
+        **registers(255, num_warps),
     }
     with device_guard(pooled):
         _channel_mlp_backward_out_kernel[(blocks,)](

@@ -24,12 +24,16 @@ _LEAST = 16
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One launch: channels and positions a program covers at a time, warps, pipeline stages."""
+    """One launch: channels and positions a program covers at a time, warps, pipeline stages.
+
+    `registers` is what `launch.registers` allows a thread; None leaves it to the compiler.
+    """
 
     block_c: int
     block_p: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 _overrides: dict[str, Tile] = {}
@@ -100,16 +104,17 @@ def channel_mlp_blocks(
 
     BLOCK_N is the whole batch where it takes statistics. BLOCK_C, the channels of the logits that a
     program owns and of its input that it takes at a time, gives 8 to 32 programs at C of 256 to
-    1024; fp64 spills at 32. The activations live in registers: `bam_kernels.functional` leaves to
-    torch more than 8192 of them, or more than 4096 where BLOCK_H is above 64.
+    1024, and twice as many backward; fp64 spills at 32. The activations live in registers:
+    `bam_kernels.functional` leaves to torch more than 8192 of them, or more than 4096 where BLOCK_H
+    is above 64.
     """
     block_n = max(next_power_of_2(samples), _LEAST) if batch_stats else _LEAST
     block_h = max(next_power_of_2(hidden), _LEAST)
     if backward and not batch_stats:  # mostly the whole batch, and no loop
         block_n = max(_LEAST, min(next_power_of_2(samples), 2048 // block_h))
     num_warps = 16 if block_h > 64 else 8 if block_n * block_h >= 4096 else 4
-    block_c = 16 if itemsize == 8 else 32
-    if backward and (block_h > 32 or itemsize == 8):
+    block_c = 16 if itemsize == 8 or backward else 32
+    if backward:  # more is live at once; fewer warps or wider blocks spill on one or another target
         num_warps = max(num_warps, 8)
     if entry := _overrides.get("channel_mlp"):
         block_c, num_warps = entry.block_c, entry.num_warps
@@ -210,12 +215,12 @@ def _spatial_branch(itemsize: int, hidden: int, channels_last: bool, precision: 
     if itemsize == 8:
         return Tile(0, 32, 4, 1)
     if itemsize == 2:
-        return Tile(0, 32, 8, 1) if hidden > 32 else Tile(0, 128, 8 if hidden > 16 else 4, 1)
+        return Tile(0, 64, 8, 1) if hidden > 32 else Tile(0, 128, 8 if hidden > 16 else 4, 1)
     if precision == "ieee" and hidden > 16:
         return Tile(0, 16 if hidden > 32 and channels_last else 32, 8, 1)
-    if hidden > 32:
-        return Tile(0, 32, 8, 1)
-    return Tile(0, 64, 4 if hidden <= 16 else 8, 1)
+    if hidden > 32:  # wider tiles and more warps spill, on sm_100 or sm_120 with the newest Triton
+        return Tile(0, 16, 4, 1)
+    return Tile(0, 128, 4, 1) if hidden <= 16 else Tile(0, 64, 8, 1)
 
 
 _TABLES = {

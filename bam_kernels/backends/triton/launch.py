@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from contextlib import AbstractContextManager
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
-from bam_kernels import layout
+from bam_kernels import env, layout
 
 _ACCUMULATORS = {torch.float64: tl.float64}
 _ACCUMULATOR_DTYPES = {torch.float64: torch.float64}
@@ -79,6 +81,22 @@ def _tf32_convolutions() -> bool:
     if setting == "none":
         setting = torch.backends.fp32_precision
     return setting == "tf32"
+
+
+def registers(most: int, num_warps: int) -> dict[str, int]:
+    """The launch option that allows a thread `most` registers, and a block no more than there are.
+
+    Left to itself, NVIDIA's assembler keeps to fewer than it needs so that more blocks fit on a
+    multiprocessor, and spills a value or two for it. Other compilers have no such option.
+    """
+    if env.triton_interpret() or _backend(driver.active) != "cuda":
+        return {}
+    return {"maxnreg": min(most, 65536 // (32 * num_warps))}
+
+
+@functools.lru_cache(maxsize=8)
+def _backend(active: object) -> str:
+    return active.get_current_target().backend
 
 
 def device_guard(x: Tensor) -> AbstractContextManager:

@@ -36,7 +36,9 @@ from bam_kernels.backends.triton.spatial_math import (
     relu,
     scalar_affine,
     store_statistics,
+    store_total,
     tap_mask,
+    total_of,
 )
 
 # --- kernels ----------------------------------------------------------------------------------
@@ -69,15 +71,15 @@ def _finish_logits(
     if dlogits is not None:
         mu, rstd, _, _ = scalar_affine(final_mean, final_variance, None, None, FINAL_EPS, ACC)
         grad = tl.load(dlogits + at, mask=in_p, other=0.0).to(ACC)
-        tl.store(final_sums + index, tl.sum(grad, axis=0))
+        store_total(final_sums + index, total_of(grad))
         product = tl.where(in_p, grad * ((q - mu) * rstd), 0.0)
-        tl.store(final_sums + count + index, tl.sum(product, axis=0))
+        store_total(final_sums + count + index, total_of(product))
     else:
         if logits_partials is not None:
-            total = tl.sum(tl.where(in_p, q, 0.0), axis=0)
+            total = total_of(tl.where(in_p, q, 0.0))
             off = tl.where(in_p, q - total / n_in_tile.to(ACC), 0.0)
-            tl.store(logits_partials + index, total)
-            tl.store(logits_partials + count + index, tl.sum(off * off, axis=0))
+            store_total(logits_partials + index, total)
+            store_total(logits_partials + count + index, total_of(off * off))
         elif final_mean is not None:
             mu, _, scale, shift = scalar_affine(
                 final_mean, final_variance, final_gamma, final_beta, FINAL_EPS, ACC

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from bam_kernels.backends.triton import configs
 from bam_kernels.backends.triton.device_math import map_offsets
-from bam_kernels.backends.triton.launch import accumulator, accumulator_dtype, conv_precision
+from bam_kernels.backends.triton.launch import (
+    accumulator,
+    accumulator_dtype,
+    conv_precision,
+    registers,
+)
 from bam_kernels.backends.triton.spatial_math import (
     merge_statistics,
     merge_sums,
@@ -133,6 +138,7 @@ class Map:
 
     def constants(self) -> dict[str, object]:
         """The compile-time arguments that every kernel of the branch has."""
+        most = self.tile.registers
         return {
             "CHANNELS_LAST": self.channels_last,
             "ACC": accumulator(self.dtype),
@@ -140,6 +146,7 @@ class Map:
             "BLOCK_H": self.block_h,
             "num_warps": self.tile.num_warps,
             "num_stages": self.tile.num_stages,
+            **({} if most is None else registers(most, self.tile.num_warps)),
         }
 
     @property

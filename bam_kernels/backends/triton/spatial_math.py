@@ -85,6 +85,21 @@ def merge_scalar_sums(partials, count, ACC: tl.constexpr):
 
 
 @triton.jit
+def total_of(values):
+    """The sum of values [BLOCK_P], as a tensor of one.
+
+    Triton 3.6 cannot compile the sum of a vector that comes from a dot on sm_100's tensor cores to
+    a scalar ("parent layout must have at least rank >= 2").
+    """
+    return tl.sum(values[None, :], axis=1)
+
+
+@triton.jit
+def store_total(pointer, total):
+    tl.store(pointer + tl.arange(0, 1), total)
+
+
+@triton.jit
 def store_statistics(
     value, mask, n, partials, index, count, units, in_h, hidden, ACC: tl.constexpr
 ):
