@@ -109,13 +109,11 @@ BRANCH_TABLES = (
 
 
 def compiled(code: str, target: str, variants: tuple, kernels: set[str]) -> list[aot.KernelReport]:
-    """The reports of all variants, each of which launched all of `kernels`."""
+    """The reports of all variants, which between them launched all of `kernels`."""
     code = code.format(target=target, variants=list(variants))
     reports = aot.reports_in_subprocess(code, timeout=1200)
-    launches, rest = divmod(len(reports), len(variants))
-    assert rest == 0
-    for first in range(0, len(reports), launches):
-        assert {r.name for r in reports[first : first + launches]} == kernels
+    assert {r.name for r in reports} == kernels
+    assert len(reports) >= len(variants) * len(kernels)
     return reports
 
 
