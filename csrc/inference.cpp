@@ -107,7 +107,9 @@ Module<S> read_module(
   const bool spatial_hidden = options[8] != 0, spatial_final = options[9] != 0;
   m.has_channel = layers > 0, m.has_spatial = options[5] != 0;
   m.dilation = options[7];
-  STD_TORCH_CHECK(m.dilation >= 1, "dilation: expected at least 1, got ", m.dilation);
+  STD_TORCH_CHECK(
+      m.dilation >= 1 && m.dilation <= kMostDilation, "dilation: expected 1 to ", kMostDilation,
+      ", got ", m.dilation);
   STD_TORCH_CHECK(
       m.has_channel || m.has_spatial, "options: expected at least one branch, got none");
   Reader r(params, eps);

@@ -60,6 +60,9 @@ View view_of(const Tensor& x, const char* name);
 // t's strides, which must walk as `like` does.
 View view_like(const Tensor& t, const char* name, const View& like);
 
+// Beyond it a plane's padding, the square of it, would not fit 64 bits with room to spare.
+constexpr int64_t kMostDilation = 65536;
+
 Planes planes_of(int64_t height, int64_t width, int64_t dilation, int lanes);
 
 template <class S>

@@ -157,7 +157,9 @@ Branch<A> read_branch(const Arguments& a, Arena& arena) {
   b.v = view_of(a.reduced, "reduced");
   const int64_t h = b.h = b.v.c;
   const size_t count = a.weights.size();
-  STD_TORCH_CHECK(a.dilation >= 1, "dilation: expected at least 1, got ", a.dilation);
+  STD_TORCH_CHECK(
+      a.dilation >= 1 && a.dilation <= kMostDilation, "dilation: expected 1 to ", kMostDilation,
+      ", got ", a.dilation);
   STD_TORCH_CHECK(
       a.biases.empty() || a.biases.size() == count, "biases: expected none or ", count, ", got ",
       a.biases.size());
