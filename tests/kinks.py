@@ -63,6 +63,22 @@ def closest_to_a_kink(module: nn.Module) -> Iterator[list[float]]:
             handle.remove()
 
 
+class NoClearInputError(AssertionError):
+    """A unit is near its kink whatever the input: one behind units that are off, by its bias."""
+
+
+def module_and_input(
+    make_module: Callable[[], tuple[nn.Module, nn.Module]], make_input: Callable[[], Tensor]
+) -> tuple[nn.Module, nn.Module, Tensor]:
+    """(module, its float64 twin, an input that is clear of their kinks), drawn anew together where
+    no input is clear of a module's."""
+    for _ in range(4):
+        module, truth = make_module()
+        with contextlib.suppress(NoClearInputError):
+            return module, truth, clear_of_kinks(make_input, truth, truth)
+    raise AssertionError("no module of 4 draws that has an input clear of its kinks")
+
+
 def clear_of_kinks(
     make: Callable[[], Tensor], module: nn.Module, call: Callable[[Tensor], object]
 ) -> Tensor:
@@ -78,4 +94,4 @@ def clear_of_kinks(
         module.load_state_dict(state)
         if closest[0] > NEAR or made.dtype != torch.float32:
             return made
-    raise AssertionError("no input without a unit near its kink in 50 draws")
+    raise NoClearInputError("no input without a unit near its kink in 50 draws")

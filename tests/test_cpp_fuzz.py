@@ -14,7 +14,7 @@ import os
 import pytest
 import torch
 from cases import COMBINES, DTYPES, PRESETS
-from kinks import clear_of_kinks, without_kinks
+from kinks import module_and_input, without_kinks
 from test_cpp_parity import cpp, run, threads  # noqa: F401 - a fixture of every test here
 from test_module import gathered, randomize, twin
 from tolerances import PARITY, Errors
@@ -123,13 +123,18 @@ def make_module(case: Case) -> nn.Module:
 def check(case: Case) -> None:
     """Ours within the table of float64, or as near as eager is in the case's dtype."""
     torch.manual_seed(case.seed)
-    ours = make_module(case)
-    truth, eager = twin(ours, F64), twin(ours, case.dtype)
     train = case.mode.startswith("train")
-    truth.train(train)
+
+    def pair() -> tuple[nn.Module, nn.Module]:
+        ours = make_module(case)
+        return ours, twin(ours, F64).train(train)
+
     x = case.lie.make(case.shape, case.dtype)
     if x.numel() > 0:
-        x = clear_of_kinks(lambda: case.lie.make(case.shape, case.dtype), truth, truth)
+        ours, truth, x = module_and_input(pair, lambda: case.lie.make(case.shape, case.dtype))
+    else:
+        ours, truth = pair()
+    eager = twin(ours, case.dtype)
     noise = case.dout_lie.make(case.shape, case.dtype)
     dout = noise if train else (noise * 0).add_(x * (1 + 0.5 * torch.randn_like(x)))
     assert explain(ours.train(train), x).backend == ("cpp" if case.shape[0] else "reference")

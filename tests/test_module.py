@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from cases import COMBINES, LAYOUTS, PRESETS, make_map, memory_format, name
-from kinks import clear_of_kinks, without_kinks
+from kinks import module_and_input, without_kinks
 from tolerances import Errors
 from torch import nn
 
@@ -74,13 +74,16 @@ def with_their_weights(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def compare(make, shape, dtype, device, layout="nchw", train=True, draws=1):
-    errors = Errors()
-    for _ in range(draws):
+    def pair():
         ours = randomize(make()).train(train)
         if dtype.itemsize == 2:
             without_kinks(ours)
-        truth, eager = twin(ours, torch.float64), twin(ours, dtype)
-        x = clear_of_kinks(lambda: make_map(shape, dtype, device, layout), truth, truth)
+        return ours, twin(ours, torch.float64)
+
+    errors = Errors()
+    for _ in range(draws):
+        ours, truth, x = module_and_input(pair, lambda: make_map(shape, dtype, device, layout))
+        eager = twin(ours, dtype)
         # In eval mode along x, so that the logits' gradients are sums of one sign rather than of
         # noise; in training noise, since batch statistics take such a common part away again.
         dout = torch.randn_like(x) if train else x * (1 + 0.5 * torch.randn_like(x))
