@@ -122,6 +122,10 @@ def bam(
             one value per channel while training.
         BackendUnavailableError: a backend was asked for by name and cannot run.
     """
+    if observer is None:
+        out = inference.refine(x, channel, spatial, combine, residual)
+        if out is not None:
+            return out
     check_module_input(x, channel, spatial)
     check_combine(combine)
     backend = choose_backend(x)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bam_kernels.config import COMBINE_MODES
-from bam_kernels.fusable import has_hooks
+from bam_kernels.dispatch import DTYPES, choose_backend
+from bam_kernels.fusable import has_hooks, unfusable
 from bam_kernels.reference import ChannelBranch, SpatialBranch
 
 Arguments = tuple[list[Tensor], list[int], list[float]]
@@ -21,8 +22,49 @@ _ABSENT = torch.empty(0)
 _MODES = {name: i for i, name in enumerate(COMBINE_MODES)}
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 class _NotPlainError(Exception):
     """A layer that does more, or has less, than the operator would see."""
+
+
+def refine(
+    x: Tensor,
+    channel: ChannelBranch | None,
+    spatial: SpatialBranch | None,
+    combine: str,
+    residual: bool,
+) -> Tensor | None:
+    """The module's output, where the C++ backend runs and all that is asked for is inference.
+
+    None where that is not so, or where x does not fit: the caller goes the long way, which tells.
+    """
+    if not (isinstance(x, Tensor) and x.dim() == 4 and x.is_cpu and x.dtype in DTYPES):
+        return None
+    if x.numel() == 0 or combine not in _MODES or choose_backend(x) != "cpp":
+        return None
+    if unfusable(channel, spatial) is not None:
+        return None
+    found = arguments(x, channel, spatial, combine, residual)
+    if found is None:
+        return None
+    params = found[0]
+    for branch, name in ((spatial, "reduce"), (channel, "fc")):
+        if branch is not None:
+            first = branch._modules[name]
+            first = first if name == "reduce" else first._modules["0"]
+            weight = first._parameters["weight"]
+            if weight.dtype != x.dtype or weight.shape[1] != x.shape[1] or not weight.is_cpu:
+                return None
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return torch.ops.bam_kernels.bam(x, *found)
+    if type(x) not in _PLAIN or any(type(t) not in _PLAIN for t in params):
+        return torch.ops.bam_kernels.bam(x, *found)
+    # Past the dispatcher, which here takes as long as a small map.
+    from bam_kernels.backends import cpp
+
+    return cpp.bam_forward(x, *found)
 
 
 def arguments(

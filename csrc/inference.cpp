@@ -91,6 +91,7 @@ struct Module {
   const A* project = nullptr;
   A final_scale = 1, final_shift = 0;
   int64_t hidden = 0, dilation = 1, widest = 0;
+  bool packed_reduce = false, packed_convs = false;
 };
 
 template <class S>
@@ -147,6 +148,16 @@ Module<S> read_module(
     m.final_shift = last.shift ? *last.shift : A(0);
   }
   r.finish();
+  if (m.has_spatial && v.n * v.p >= kPacking) {
+    auto packed = [&](const A* w, int64_t k) {
+      A* out = arena.take<A>(m.hidden * k);
+      wide_kernels<A>().pack(w, m.hidden, k, out);
+      return out;
+    };
+    m.packed_convs = true, m.packed_reduce = !v.channels_last;
+    if (m.packed_reduce) m.reduce = packed(m.reduce, v.c);
+    for (const A*& w : m.convs) w = packed(w, m.hidden * 9);
+  }
   return m;
 }
 
@@ -171,7 +182,8 @@ void run(
   const int64_t pool_width = v.channels_last ? 1 : k.lanes;
   A* pool = m.has_channel ? arena.zeros<A>(parts * v.c * pool_width) : nullptr;
   const ReduceOutput<A> reduced{
-      m.reduce_affine.scale, m.reduce_affine.shift, true, planes[0], &g, nullptr, 0, 0};
+      m.reduce_affine.scale, m.reduce_affine.shift, true, planes[0], &g, nullptr, 0, 0,
+      m.packed_reduce};
   const int64_t tile = v.channels_last ? 16 : 3 * k.lanes, tiles = (v.p + tile - 1) / tile;
   parallel(threads, parts, [&](int64_t begin, int64_t end) {
     Arena own;
@@ -210,16 +222,16 @@ void run(
   A* s = nullptr;
   if (m.has_spatial) {
     const int64_t vectors = (g.span + k.lanes - 1) / k.lanes;
-    A* span = arena.take<A>(vectors * k.lanes);
+    A* span = arena.take<A>(vectors * k.lanes);  // a row's last vector may end in the padding
     const A* in = planes[0];
     for (size_t i = 0; i < m.convs.size(); ++i) {
       const bool last = i + 1 == m.convs.size();
       A* next = last ? nullptr : planes[1 - i % 2];
       const Conv<A> conv{
           in,  next, m.convs[i], m.conv_affines[i].scale, m.conv_affines[i].shift, true, m.hidden,
-          &g,  mask, last ? m.project : nullptr, span};
+          &g,  mask, last ? m.project : nullptr, span, m.packed_convs};
       parallel(threads, parts, [&](int64_t begin, int64_t end) {
-        wide.conv(conv, part(begin, parts, vectors), part(end, parts, vectors));
+        wide.conv(conv, part(begin, parts, g.vectors), part(end, parts, g.vectors));
       });
       in = next;
     }

@@ -114,9 +114,11 @@ Planes planes_of(int64_t height, int64_t width, int64_t dilation, int lanes) {
   g.pitch = width + dilation;
   g.origin = dilation * g.pitch + dilation;
   g.span = (height - 1) * g.pitch + width;
-  const int64_t vectors = (g.span + lanes - 1) / lanes * lanes;
+  const int64_t flat = (g.span + lanes - 1) / lanes, per_row = (width + lanes - 1) / lanes;
+  g.per_row = per_row * height < flat ? per_row : 0;
+  g.vectors = g.per_row ? per_row * height : flat;
   int64_t plane = g.origin + (height + dilation) * g.pitch;
-  if (plane < g.origin + vectors) plane = g.origin + vectors;
+  if (plane < g.origin + flat * lanes) plane = g.origin + flat * lanes;
   g.plane = (plane + 15) / 16 * 16;
   return g;
 }

@@ -38,6 +38,10 @@ class Arena {
   size_t block_, used_;
 };
 
+// From so many positions in all, weights are packed first: copying them then costs a few hundredths
+// of their use.
+constexpr int64_t kPacking = 1024;
+
 // f(begin, end) over [0, n) in torch's thread pool, or here.
 template <class F>
 void parallel(bool threads, int64_t n, const F& f) {

@@ -40,7 +40,8 @@ struct Branch {
   int64_t span;       // elements of a span of logits
   int64_t parts;      // of each sample
   bool threads;
-  std::vector<const A*> weights, biases;
+  std::vector<const A*> weights, biases;  // the weights packed where `packed`
+  bool packed;
   const A *project, *project_bias;
   std::vector<Norm<A>> hidden;  // none, or one in front of each convolution and of the projection
   bool has_final;
@@ -58,17 +59,24 @@ struct Branch {
         f(i / cuts, part(i % cuts, cuts, h), part(i % cuts + 1, cuts, h));
     });
   }
-  // f(n, v0, v1) over samples and vectors of the span.
+  // f(n, v0, v1) over samples and `count` vectors.
   template <class F>
-  void over_vectors(const F& f) const {
-    const int64_t cuts = std::min(parts, vectors);
+  void over_vectors(int64_t count, const F& f) const {
+    const int64_t cuts = std::min(parts, count);
     parallel(threads, v.n * cuts, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        f(i / cuts, part(i % cuts, cuts, vectors), part(i % cuts + 1, cuts, vectors));
+        f(i / cuts, part(i % cuts, cuts, count), part(i % cuts + 1, cuts, count));
     });
   }
 
   int64_t positions() const { return v.n * v.p; }
+
+  const A* pack(const A* weight, Arena& arena) const {
+    if (!packed) return weight;
+    A* out = arena.take<A>(h * h * 9);
+    wide_kernels<A>().pack(weight, h, h * 9, out);
+    return out;
+  }
 
   // out[j] of all samples, in order, from per-sample values [N][h].
   static void add_samples(const A* partial, int64_t n, int64_t h, A* out) {
@@ -109,16 +117,16 @@ struct Branch {
   void convolve(
       const A* in, A* out, const A* weight, const A* scale, const A* shift, bool relu,
       const A* projection, A* logits) const {
-    over_vectors([&](int64_t n, int64_t v0, int64_t v1) {
+    over_vectors(g.vectors, [&](int64_t n, int64_t v0, int64_t v1) {
       const Conv<A> conv{
           in + n * map_size(), out ? out + n * map_size() : nullptr, weight, scale, shift, relu, h,
-          &g, mask, projection, logits ? logits + n * span : nullptr};
+          &g, mask, projection, logits ? logits + n * span : nullptr, packed};
       wide_kernels<A>().conv(conv, v0, v1);
     });
   }
 
   void projection(const A* in, A* logits) const {
-    over_vectors([&](int64_t n, int64_t v0, int64_t v1) {
+    over_vectors(vectors, [&](int64_t n, int64_t v0, int64_t v1) {
       wide_kernels<A>().project(in + n * map_size(), g, h, project, logits + n * span, v0, v1);
     });
   }
@@ -177,8 +185,11 @@ Branch<A> read_branch(const Arguments& a, Arena& arena) {
   b.mask = pixel_mask<A>(b.g, b.span, arena);
   b.parts = b.v.n >= 8 ? 1 : (8 + b.v.n - 1) / b.v.n;
   b.threads = torch::stable::get_num_threads() > 1 && b.v.n * h * b.v.p >= 4096;
+  b.packed = b.v.n * b.v.p >= kPacking;
   for (size_t i = 0; i < count; ++i) {
-    b.weights.push_back(values<A>(a.weights[i], "weights", {h, h, 3, 3}, arena));
+    const A* weight = values<A>(a.weights[i], "weights", {h, h, 3, 3}, arena);
+    STD_TORCH_CHECK(weight, "weights: expected shape [", h, ", ", h, ", 3, 3], got none");
+    b.weights.push_back(b.pack(weight, arena));
     b.biases.push_back(a.biases.empty() ? nullptr : values<A>(a.biases[i], "biases", {h}, arena));
   }
   b.project = values<A>(a.project_weight, "project_weight", {h}, arena);
@@ -424,11 +435,12 @@ void backward(
       b.add_samples(partial, n, h, out + h * h * 9);
     }
     if (i == 0 && !need_first) break;
+    const A* weight = values<A>(a.weights[i], "weights", {h, h, 3, 3}, arena);
     for (int64_t o = 0; o < h; ++o)
       for (int64_t in = 0; in < h; ++in)
         for (int64_t tap = 0; tap < 9; ++tap)
-          flipped[(in * h + o) * 9 + tap] = b.weights[i][(o * h + in) * 9 + 8 - tap];
-    b.convolve(du, next, flipped, nullptr, nullptr, false, nullptr, nullptr);
+          flipped[(in * h + o) * 9 + tap] = weight[(o * h + in) * 9 + 8 - tap];
+    b.convolve(du, next, b.pack(flipped, arena), nullptr, nullptr, false, nullptr, nullptr);
     std::swap(du, next);
     b.over_channels([&](int64_t s, int64_t j0, int64_t j1) {
       k.relu_gradient(du + s * b.map_size(), act[i] + s * b.map_size(), b.g, j0, j1);

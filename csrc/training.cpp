@@ -300,10 +300,6 @@ void input_gradient(
           combine_of(combine), residual, v, read_logits<A>(c, s, v, arena), threads, arena);
     const A* w = has_reduced && has_dx ? values<A>(weight, "weight", {h, v.c}, arena) : nullptr;
     const A* pooled = values<A>(dpooled, "dpooled", {v.n, v.c}, arena);
-    // Each group of samples, or of positions of one, has a sum of dW of its own.
-    const int64_t parts = parts_of(v.n), items = v.n * parts, groups = std::min<int64_t>(items, 8);
-    const int64_t length = h * v.c;
-    A* dw = absent(dweight) ? nullptr : arena.zeros<A>(groups * length);
     A* planar = has_reduced ? arena.take<A>(v.n * h * v.p) : nullptr;
     if (has_reduced)
       parallel(threads, v.n, [&](int64_t begin, int64_t end) {
@@ -312,12 +308,13 @@ void input_gradient(
           load_planar<A>(dreduced, small, n, planar + n * h * v.p, own);
         }
       });
-    parallel(threads, groups, [&](int64_t begin, int64_t end) {
-      Arena own;
-      A* scratch = own.take<A>(k.gradient_scratch(v.c));
-      A* mean = own.take<A>(v.c);
-      for (int64_t group = begin; group < end; ++group)
-        for (int64_t i = part(group, groups, items); i < part(group + 1, groups, items); ++i) {
+    const int64_t parts = parts_of(v.n);
+    if (has_dx)
+      parallel(threads, v.n * parts, [&](int64_t begin, int64_t end) {
+        Arena own;
+        A* scratch = own.take<A>(k.gradient_scratch(v.c));
+        A* mean = own.take<A>(v.c);
+        for (int64_t i = begin; i < end; ++i) {
           const int64_t n = i / parts;
           const Range r = positions(i % parts, parts, v.p, 3 * k.lanes);
           if (pooled)
@@ -326,16 +323,25 @@ void input_gradient(
           if (has_gate) g = gates[size_t(n)];
           k.input_gradient(
               g, has_gate ? data<S>(dout) + n * from.sample : nullptr, from.line,
-              data<S>(x) + n * v.sample, v.line,
-              has_dx ? mutable_data<S>(dx) + n * to.sample : nullptr, to.line,
-              pooled ? mean : nullptr, has_reduced ? planar + n * h * v.p : nullptr, v.p, w,
-              dw ? dw + group * length : nullptr, v.c, h, r.begin, r.end, scratch);
+              mutable_data<S>(dx) + n * to.sample, to.line, pooled ? mean : nullptr,
+              has_reduced ? planar + n * h * v.p : nullptr, v.p, w, v.c, h, r.begin, r.end,
+              scratch);
         }
-    });
-    if (dw) {
-      for (int64_t group = 1; group < groups; ++group)
-        for (int64_t i = 0; i < length; ++i) dw[i] += dw[group * length + i];
-      write_values<A>(dw, dweight, length);
+      });
+    if (!absent(dweight)) {
+      A* dw = arena.take<A>(h * v.c);
+      // Blocks of channels, as wide as leaves eight of them.
+      const int64_t width = v.c >= 8 * kWeightChannels ? kWeightChannels : v.c >= 128 ? 16 : 8;
+      const int64_t blocks = (v.c + width - 1) / width;
+      parallel(threads, blocks, [&](int64_t begin, int64_t end) {
+        Arena own;
+        A* scratch = own.take<A>(k.weight_gradient_scratch(v.n, v.p));
+        for (int64_t i = begin; i < end; ++i)
+          k.weight_gradient(
+              v.channels_last, data<S>(x), v.sample, v.line, planar, dw, v.n, v.c, h, v.p,
+              i * width, std::min((i + 1) * width, v.c), scratch);
+      });
+      write_values<A>(dw, dweight, h * v.c);
     }
     if (!absent(dbias)) {
       A* db = arena.zeros<A>(h);

@@ -12,7 +12,7 @@ constexpr int64_t kGradientColumns = 32;    // channels_last; x of 256 channels 
 template <class A>
 int64_t gradient_scratch(int64_t C) {
   const int64_t rows = kRows * kGradientPositions, columns = kGradientColumns * C;
-  return 2 * (rows > columns ? rows : columns) + kLanes<A>;
+  return (rows > columns ? rows : columns) + kLanes<A>;
 }
 
 // One line along the dense axis: dx = sums + across + along + dout * (M + residual).
@@ -68,42 +68,65 @@ void gradient_lines(
 // Positions [p0, p1) of one sample, all channels.
 template <class S>
 void input_gradient(
-    const Gate<Acc<S>>& g, const S* dout, int64_t dout_stride, const S* x, int64_t x_stride, S* dx,
-    int64_t dx_stride, const Acc<S>* dpooled, const Acc<S>* dreduced, int64_t ld, const Acc<S>* w,
-    Acc<S>* dw, int64_t C, int64_t h, int64_t p0, int64_t p1, Acc<S>* scratch) {
+    const Gate<Acc<S>>& g, const S* dout, int64_t dout_stride, S* dx, int64_t dx_stride,
+    const Acc<S>* dpooled, const Acc<S>* dreduced, int64_t ld, const Acc<S>* w, int64_t C,
+    int64_t h, int64_t p0, int64_t p1, Acc<S>* scratch) {
   using A = Acc<S>;
-  A* converted = scratch + gradient_scratch<A>(C) / 2;
   const int64_t step = g.channels_last ? kGradientColumns : kGradientPositions;
+  const A* sums = dreduced ? scratch : nullptr;
   for (int64_t q = p0; q < p1; q += step) {
     const int64_t n = p1 - q < step ? p1 - q : step;
     if (g.channels_last) {
-      if (dx) {
-        if (dreduced) outer<A>(n, C, h, dreduced + q, 1, ld, w, C, scratch, C, false);
-        gradient_lines<S>(
-            g, dout, dout_stride, dreduced ? scratch : nullptr, C, dpooled, dx, dx_stride, q, n, 0,
-            C);
-      }
-      if (dw) {
-        int64_t x_ld = C;
-        const A* rows = wide_rows(x + q * x_stride, x_stride, n, C, converted, x_ld);
-        outer<A>(h, C, n, dreduced + q, ld, 1, rows, x_ld, dw, C, true);
-      }
+      if (dreduced) outer<A>(n, C, h, dreduced + q, 1, ld, w, C, scratch, C, false);
+      gradient_lines<S>(g, dout, dout_stride, sums, C, dpooled, dx, dx_stride, q, n, 0, C);
     } else {
       for (int64_t c = 0; c < C; c += kRows) {
         const int64_t count = C - c < kRows ? C - c : kRows;
-        if (dx) {
-          if (dreduced) outer<A>(count, n, h, w + c, 1, C, dreduced + q, ld, scratch, step, false);
-          gradient_lines<S>(
-              g, dout, dout_stride, dreduced ? scratch : nullptr, step, dpooled, dx, dx_stride, c,
-              count, q, n);
-        }
-        if (dw) {
-          int64_t x_ld = step;
-          const A* rows = wide_rows(x + c * x_stride + q, x_stride, count, n, converted, x_ld);
-          inner<A>(h, count, n, dreduced + q, ld, rows, x_ld, dw + c, C, 1, true);
-        }
+        if (dreduced) outer<A>(count, n, h, w + c, 1, C, dreduced + q, ld, scratch, step, false);
+        gradient_lines<S>(
+            g, dout, dout_stride, sums, step, dpooled, dx, dx_stride, c, count, q, n);
       }
     }
+  }
+}
+
+constexpr int64_t kWeightPositions = 1536; // of all samples at a time: 4 rows of x are 24 KiB
+
+// Floats or doubles that a call of weight_gradient needs: x of a block of channels, converted.
+template <class S>
+int64_t weight_gradient_scratch(int64_t N, int64_t P) {
+  return sizeof(S) == 2 ? kWeightChannels * N * P + kLanes<Acc<S>> : 0;
+}
+
+// Channels [c0, c1) of dw, at most kWeightChannels of them, over all samples.
+template <class S>
+void weight_gradient(
+    bool channels_last, const S* x, int64_t x_sample, int64_t x_stride, const Acc<S>* dreduced,
+    Acc<S>* dw, int64_t N, int64_t C, int64_t h, int64_t P, int64_t c0, int64_t c1,
+    Acc<S>* scratch) {
+  using A = Acc<S>;
+  const int64_t count = c1 - c0;
+  int64_t ld = channels_last ? count : P, sample = count * P;
+  const A* rows = nullptr;
+  for (int64_t n = 0; n < N; ++n) {
+    const S* from = x + n * x_sample + (channels_last ? c0 : c0 * x_stride);
+    A* room = sizeof(S) == 2 ? scratch + n * sample : nullptr;
+    const A* wide = channels_last ? wide_rows(from, x_stride, P, count, room, ld)
+                                  : wide_rows(from, x_stride, count, P, room, ld);
+    if (n == 0) rows = wide;
+  }
+  if (sizeof(S) != 2) sample = x_sample;
+  if (channels_last) {
+    for (int64_t n = 0; n < N; ++n)
+      outer<A>(
+          h, count, P, dreduced + n * h * P, P, 1, rows + n * sample, ld, dw + c0, C, n > 0);
+    return;
+  }
+  const int64_t some = kWeightPositions / N / 16 * 16, step = some > 64 ? some : 64;
+  for (int64_t p = 0; p < P; p += step) {
+    const int64_t length = P - p < step ? P - p : step;
+    inner_several<A>(
+        count, h, length, rows + p, ld, dreduced + p, P, {N, sample, h * P}, dw + c0, 1, C, p > 0);
   }
 }
 

@@ -63,15 +63,15 @@ const Kernels<S>* table_of() {
   static const Kernels<S> table = {
       kLanes<Acc<S>>,    reduce_scratch<Acc<S>>, gradient_scratch<Acc<S>>,
       reduce_rows<S>,    reduce_columns<S>,      gate<S>,
-      gate_gradient<S>,  input_gradient<S>,      widen_all<S>,
-      narrow_all<S>,
+      gate_gradient<S>,  input_gradient<S>,      weight_gradient_scratch<S>,
+      weight_gradient<S>, widen_all<S>,          narrow_all<S>,
   };
   return &table;
 }
 template <class A>
 const WideKernels<A>* wide_table_of() {
   static const WideKernels<A> table = {
-      conv<A>,          conv_weight_gradient<A>, project<A>,   outer<A>,
+      pack<A>,          conv<A>,          conv_weight_gradient<A>, project<A>,   outer<A>,
       inner<A>,         moments<A>,              activate<A>,  project_gradient<A>,
       relu_gradient<A>, norm_sums<A>,            norm_gradient<A>, exp_negative<A>,
       sigmoid_all<A>,   sigmoid_slope<A>,        linear<A>,

@@ -21,6 +21,7 @@ struct ReduceOutput {
   const Planes* geometry;
   void* dense;
   int64_t dense_row, dense_column;  // strides along h and along positions; one of them is 1
+  bool packed = false;  // whether w is (`pack`); reduce_columns takes none that is
 };
 
 // A dilated 3x3 convolution from planes to planes, y = relu?(conv * scale[j] + shift[j]), and where
@@ -38,6 +39,7 @@ struct Conv {
   const void* mask;  // all bits of a word where a position of the span is a pixel, else none
   const A* project;
   A* logits;  // by position of the span
+  bool packed = false;  // whether the weight is (`pack`), as [h][9 h]
 };
 
 template <class A>
@@ -48,6 +50,8 @@ struct Gate {
   const A* by_channel;
   const A* by_position;
 };
+
+constexpr int64_t kWeightChannels = 48;  // three vectors of 16 floats
 
 template <class S>
 struct Kernels {
@@ -72,13 +76,18 @@ struct Kernels {
       Combine combine, bool has_channel, bool has_spatial, bool factored, bool channels_last,
       const S* dout, int64_t dout_stride, const S* x, int64_t x_stride, const A* channel, const A* spatial,
       A* dchannel, A* dspatial, int64_t c0, int64_t c1, int64_t p0, int64_t p1);
-  // dx = dout * (residual + M) + W^T dreduced + dpooled, and dw [h][C] += dreduced x^T.
-  // dreduced [h][ld] is planar, in the accumulator's type; any of dout, dpooled, dreduced, dx, dw
-  // may be null. Of one sample, positions [p0, p1).
+  // dx = dout * (residual + M) + W^T dreduced + dpooled, of one sample, positions [p0, p1).
+  // dreduced [h][ld] is planar; dout, dpooled and dreduced may be null.
   void (*input_gradient)(
-      const Gate<A>& g, const S* dout, int64_t dout_stride, const S* x, int64_t x_stride, S* dx,
-      int64_t dx_stride, const A* dpooled, const A* dreduced, int64_t ld, const A* w, A* dw,
-      int64_t C, int64_t h, int64_t p0, int64_t p1, A* scratch);
+      const Gate<A>& g, const S* dout, int64_t dout_stride, S* dx, int64_t dx_stride,
+      const A* dpooled, const A* dreduced, int64_t ld, const A* w, int64_t C, int64_t h,
+      int64_t p0, int64_t p1, A* scratch);
+  // dw [h][C] = dreduced x^T summed over the samples, its channels [c0, c1): at most
+  // kWeightChannels. dreduced [N][h][P] is planar.
+  int64_t (*weight_gradient_scratch)(int64_t N, int64_t P);
+  void (*weight_gradient)(
+      bool channels_last, const S* x, int64_t x_sample, int64_t x_stride, const A* dreduced, A* dw,
+      int64_t N, int64_t C, int64_t h, int64_t P, int64_t c0, int64_t c1, A* scratch);
   void (*widen)(const S* from, A* to, int64_t n);
   void (*narrow)(const A* from, S* to, int64_t n);
 };
@@ -86,7 +95,9 @@ struct Kernels {
 // What does not depend on the storage type.
 template <class A>
 struct WideKernels {
-  // Vectors [v0, v1) of the span; there are `conv_vectors(geometry)`.
+  // The rows of w [rows][k] side by side, as many as the kernels take at a time.
+  void (*pack)(const A* w, int64_t rows, int64_t k, A* out);
+  // Vectors [v0, v1) of the geometry's.
   void (*conv)(const Conv<A>& conv, int64_t v0, int64_t v1);
   // dw [h][h][9] += sum over the span of dz[o] * in[i], shifted by tap; dz's padding is zero.
   void (*conv_weight_gradient)(

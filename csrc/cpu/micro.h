@@ -79,6 +79,38 @@ BAM_INLINE void for_row_blocks(int64_t begin, int64_t end, F&& f) {
   for (; r < end; ++r) f(r, std::integral_constant<int, 1>{});
 }
 
+// w [rows][k] with the rows of each block side by side: [block][k][rows of the block].
+template <class A>
+void pack(const A* w, int64_t rows, int64_t k, A* out) {
+  for_row_blocks(0, rows, [&](int64_t r, auto block) {
+    constexpr int R = decltype(block)::value;
+    const A* from = w + r * k;
+    A* to = out + r * k;
+    for (int64_t i = 0; i < k; ++i)
+      for (int j = 0; j < R; ++j) to[i * R + j] = from[j * k + i];
+  });
+}
+
+// out [rows][n] (+)= columns [k0, k0 + k_count) of a packed matrix [rows][k] . b [k_count][n].
+template <class A>
+BAM_NOINLINE void outer_packed(
+    int64_t rows, int64_t n, int64_t k_count, const A* packed, int64_t k, int64_t k0, const A* b,
+    int64_t b_step, A* out, int64_t ld, bool accumulate) {
+  constexpr int W = kLanes<A>;
+  auto tile = [&](int64_t i, auto vecs, int lanes) {
+    for_row_blocks(0, rows, [&](int64_t r, auto block) {
+      constexpr int R = decltype(block)::value;
+      outer_tile<R, decltype(vecs)::value, A>(
+          k_count, packed + r * k + k0 * R, 1, R, b + i, b_step, lanes, out + r * ld + i, ld,
+          accumulate);
+    });
+  };
+  int64_t i = 0;
+  for (; i + kVecs * W <= n; i += kVecs * W) tile(i, std::integral_constant<int, kVecs>{}, W);
+  for (; i < n; i += W)
+    tile(i, std::integral_constant<int, 1>{}, n - i < W ? int(n - i) : W);
+}
+
 // out [rows][n] (+)= a [rows][k_count] . b [k_count][n], with the strides of `outer_tile`.
 template <class A>
 BAM_NOINLINE void outer(
@@ -100,59 +132,73 @@ BAM_NOINLINE void outer(
   }
 }
 
-// out[r * out_row + c * out_column] (+)= sum over k < n of a[r * a_row + k] * b[c * b_row + k]
+// Matrices one behind the other, which are one long sum for `inner`.
+struct Several {
+  int64_t count, a, b;  // how many; from one to the next
+};
+
+// out[r * out_row + c * out_column] (+)= sum over k < n of a[r * a_row + k] * b[c * b_row + k], and
+// over `several`.
 template <int R, int C, class A>
 BAM_NOINLINE void inner_tile(
-    int64_t n, const A* a, int64_t a_row, const A* b, int64_t b_row, A* out, int64_t out_row,
-    int64_t out_column, bool accumulate) {
+    int64_t n, const A* a, int64_t a_row, const A* b, int64_t b_row, Several several, A* out,
+    int64_t out_row, int64_t out_column, bool accumulate) {
   constexpr int W = kLanes<A>;
-  Vec<A> t[R][C];
+  Vec<A> t[R * C];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * C; ++i) t[i] = zero<A>();
+  for (int64_t m = 0; m < several.count; ++m, a += several.a, b += several.b) {
+    int64_t k = 0;
+    for (; k + W <= n; k += W) {
+      Vec<A> x[C];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) x[c] = load(b + c * b_row + k);
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) t[r][c] = zero<A>();
-  int64_t k = 0;
-  for (; k + W <= n; k += W) {
-    Vec<A> x[C];
+      for (int r = 0; r < R; ++r) {
+        Vec<A> y = load(a + r * a_row + k);
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) x[c] = load(b + c * b_row + k);
+        for (int c = 0; c < C; ++c) t[r * C + c] += y * x[c];
+      }
+    }
+    if (k < n) {
+      const int left = int(n - k);
+      Vec<A> x[C];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      Vec<A> y = load(a + r * a_row + k);
+      for (int c = 0; c < C; ++c) x[c] = load_n(b + c * b_row + k, left);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) t[r][c] += y * x[c];
+      for (int r = 0; r < R; ++r) {
+        Vec<A> y = load_n(a + r * a_row + k, left);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) t[r * C + c] += y * x[c];
+      }
     }
   }
-  if (k < n) {
-    const int left = int(n - k);
-    Vec<A> x[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) x[c] = load_n(b + c * b_row + k, left);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      Vec<A> y = load_n(a + r * a_row + k, left);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) t[r][c] += y * x[c];
-    }
+  A sums[R * C];
+#if defined(__AVX512F__)
+  if constexpr (R * C == 16 && std::is_same_v<A, float>) {
+    store(sums, sums_of_16(t));
+  } else
+#endif
+  {
+#pragma GCC unroll 16
+    for (int i = 0; i < R * C; ++i) sums[i] = sum<A>(t[i]);
   }
-#pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       A* to = out + r * out_row + c * out_column;
-      *to = (accumulate ? *to : A(0)) + sum<A>(t[r][c]);
+      *to = (accumulate ? *to : A(0)) + sums[r * C + c];
     }
 }
 
-// out [rows][columns] (+)= a [rows][n] . b [columns][n]^T
+// out [rows][columns] (+)= a [rows][n] . b [columns][n]^T, summed over `several`.
 template <class A>
-BAM_NOINLINE void inner(
+BAM_NOINLINE void inner_several(
     int64_t rows, int64_t columns, int64_t n, const A* a, int64_t a_row, const A* b, int64_t b_row,
-    A* out, int64_t out_row, int64_t out_column, bool accumulate) {
+    Several several, A* out, int64_t out_row, int64_t out_column, bool accumulate) {
   auto run = [&](int64_t r, auto R, int64_t c, auto C) {
     inner_tile<decltype(R)::value, decltype(C)::value, A>(
-        n, a + r * a_row, a_row, b + c * b_row, b_row, out + r * out_row + c * out_column, out_row,
-        out_column, accumulate);
+        n, a + r * a_row, a_row, b + c * b_row, b_row, several, out + r * out_row + c * out_column,
+        out_row, out_column, accumulate);
   };
   using Four = std::integral_constant<int, 4>;
   using Wide = std::integral_constant<int, kColumns>;
@@ -168,6 +214,14 @@ BAM_NOINLINE void inner(
     for (; c + kColumns <= columns; c += kColumns) run(r, One{}, c, Wide{});
     for (; c < columns; ++c) run(r, One{}, c, One{});
   }
+}
+
+template <class A>
+void inner(
+    int64_t rows, int64_t columns, int64_t n, const A* a, int64_t a_row, const A* b, int64_t b_row,
+    A* out, int64_t out_row, int64_t out_column, bool accumulate) {
+  inner_several<A>(
+      rows, columns, n, a, a_row, b, b_row, {1, 0, 0}, out, out_row, out_column, accumulate);
 }
 
 // Rows [rows][n] in the accumulator's type: `from` itself, or converted into scratch [rows][ld].

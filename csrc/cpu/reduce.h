@@ -90,7 +90,10 @@ void reduce_rows(
           store(pool + (c + i) * W, s);
         }
       }
-      if (h) outer<A>(h, n, count, w + c, C, 1, block, ld, sums, kTile, c > 0);
+      if (h && out.packed)
+        outer_packed<A>(h, n, count, w, C, c, block, ld, sums, kTile, c > 0);
+      else if (h)
+        outer<A>(h, n, count, w + c, C, 1, block, ld, sums, kTile, c > 0);
     }
     if (h) sink<S>(out, h, p, n, sums, kTile);
   }

@@ -44,6 +44,10 @@ struct Planes {
   int64_t origin;  // of pixel (0, 0) in a plane
   int64_t span;    // from pixel (0, 0) to behind the last one
   int64_t plane;   // from plane to plane
+  // How a convolution cuts the span into vectors: `per_row` to a row, each starting with it, or,
+  // where that would be more vectors (0), one behind the other across rows and padding.
+  int64_t per_row;
+  int64_t vectors;
 };
 
 } // namespace bam
