@@ -53,8 +53,13 @@ def step(module: nn.Module, x: torch.Tensor, dout: torch.Tensor) -> dict[str, to
 
 def gathered(found: dict[str, torch.Tensor], scales: dict[str, float]) -> dict[str, torch.Tensor]:
     """What is compared: without the counters, and without the gradients of biases in front of batch
-    statistics, which are zero but for rounding."""
+    statistics, which are zero but for rounding. A running mean of one number, which may cancel,
+    is one vector with its variance: rounding is relative to the values whose mean it is."""
     largest = max(scales.values())
+    found = dict(found)
+    for key in [k for k, v in found.items() if k.endswith("running_mean") and v.numel() == 1]:
+        spread = key.removesuffix("mean") + "var"
+        found[spread] = torch.cat([found[spread], found.pop(key)])
     return {
         key: value
         for key, value in found.items()
