@@ -40,9 +40,9 @@ class Reader {
 template <class A>
 Affine<A> folded(
     const A* bias, const A* gamma, const A* beta, const A* mean, const A* var, double eps,
-    int64_t n, Arena& arena) {
-  A* scale = arena.take<A>(n);
-  A* shift = arena.take<A>(n);
+    int64_t n, int64_t ld, Arena& arena) {
+  A* scale = arena.zeros<A>(ld);
+  A* shift = arena.zeros<A>(ld);
   for (int64_t i = 0; i < n; ++i) {
     scale[i] = A(1) / std::sqrt(var[i] + A(eps)) * (gamma ? gamma[i] : A(1));
     shift[i] = (beta ? beta[i] : A(0)) + ((bias ? bias[i] : A(0)) - mean[i]) * scale[i];
@@ -52,12 +52,12 @@ Affine<A> folded(
 
 template <class A>
 Affine<A> read_norm(
-    Reader& r, const char* name, bool exists, const A* bias, int64_t n, Arena& arena) {
-  if (!exists) return {nullptr, bias};
+    Reader& r, const char* name, bool exists, const A* bias, int64_t n, int64_t ld, Arena& arena) {
+  if (!exists) return {nullptr, padded(bias, n, ld, arena)};
   const A* v[4];
   for (const A*& each : v) each = values<A>(r.next(), name, {n}, arena);
   STD_TORCH_CHECK(v[2] && v[3], name, ": expected running statistics, got none");
-  return folded(bias, v[0], v[1], v[2], v[3], r.next_eps(), n, arena);
+  return folded(bias, v[0], v[1], v[2], v[3], r.next_eps(), n, ld, arena);
 }
 
 // As `values`, of what cannot be absent.
@@ -90,14 +90,13 @@ struct Module {
   std::vector<Affine<A>> conv_affines;
   const A* project = nullptr;
   A final_scale = 1, final_shift = 0;
-  int64_t hidden = 0, dilation = 1, widest = 0;
-  bool packed_reduce = false, packed_convs = false;
+  int64_t hidden = 0, ld = 0, dilation = 1, widest = 0;  // ld: the hidden width in whole vectors
 };
 
 template <class S>
 Module<S> read_module(
     const View& v, const std::vector<Tensor>& params, const std::vector<int64_t>& options,
-    const std::vector<double>& eps, Arena& arena) {
+    const std::vector<double>& eps, bool threads, Arena& arena) {
   using A = AccOf<S>;
   STD_TORCH_CHECK(options.size() == 11, "options: expected 11 numbers, got ", options.size());
   Module<S> m;
@@ -123,7 +122,7 @@ Module<S> read_module(
     Linear<A> layer{required<A>(weight, "channel.fc", {outs, ins}, arena), {}, outs, ins};
     const A* bias = values<A>(r.next(), "channel.fc's bias", {outs}, arena);
     layer.affine =
-        read_norm<A>(r, "channel's norm", last ? channel_final : channel_hidden, bias, outs, arena);
+        read_norm<A>(r, "channel's norm", last ? channel_final : channel_hidden, bias, outs, outs, arena);
     m.mlp.push_back(layer);
     ins = outs;
     m.widest = outs > m.widest ? outs : m.widest;
@@ -132,32 +131,26 @@ Module<S> read_module(
     m.hidden = options[10];
     const int64_t h = m.hidden;
     STD_TORCH_CHECK(h >= 1, "options: expected a hidden width of at least 1, got ", h);
+    const int64_t ld = m.ld = whole_vectors(h, kernels<S>().lanes);
     m.reduce = required<A>(r.next(), "spatial.reduce", {h, v.c}, arena);
+    m.reduce = pack_matrix(m.reduce, h, v.c, ld, threads, arena);
     const A* bias = values<A>(r.next(), "spatial.reduce's bias", {h}, arena);
-    m.reduce_affine = read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, arena);
+    m.reduce_affine = read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, ld, arena);
     for (int64_t i = 0; i < convolutions; ++i) {
-      m.convs.push_back(required<A>(r.next(), "spatial.dilated", {h, h, 3, 3}, arena));
+      const A* weight = required<A>(r.next(), "spatial.dilated", {h, h, 3, 3}, arena);
+      m.convs.push_back(pack_conv(weight, h, ld, false, threads, arena));
       bias = values<A>(r.next(), "spatial.dilated's bias", {h}, arena);
-      m.conv_affines.push_back(read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, arena));
+      m.conv_affines.push_back(
+          read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, ld, arena));
     }
     m.project = required<A>(r.next(), "spatial.project", {1, h}, arena);
     bias = values<A>(r.next(), "spatial.project's bias", {1}, arena);
     const Affine<A> last =
-        read_norm<A>(r, "spatial's last norm", spatial_final, bias, 1, arena);
+        read_norm<A>(r, "spatial's last norm", spatial_final, bias, 1, 1, arena);
     m.final_scale = last.scale ? *last.scale : A(1);
     m.final_shift = last.shift ? *last.shift : A(0);
   }
   r.finish();
-  if (m.has_spatial && v.n * v.p >= kPacking) {
-    auto packed = [&](const A* w, int64_t k) {
-      A* out = arena.take<A>(m.hidden * k);
-      wide_kernels<A>().pack(w, m.hidden, k, out);
-      return out;
-    };
-    m.packed_convs = true, m.packed_reduce = !v.channels_last;
-    if (m.packed_reduce) m.reduce = packed(m.reduce, v.c);
-    for (const A*& w : m.convs) w = packed(w, m.hidden * 9);
-  }
   return m;
 }
 
@@ -166,8 +159,7 @@ constexpr int64_t kSerial = 16384;
 
 template <class S>
 void run(
-    const Module<S>& m, const View& v, const S* x, S* out, const View& to, const void* mask,
-    const Planes& g, bool threads) {
+    const Module<S>& m, const View& v, const S* x, S* out, const View& to, bool threads) {
   using A = AccOf<S>;
   const Kernels<S>& k = kernels<S>();
   const WideKernels<A>& wide = wide_kernels<A>();
@@ -175,26 +167,20 @@ void run(
   Arena arena;
 
   // Pool and reduction.
-  A* planes[2] = {nullptr, nullptr};
-  const int64_t size = m.hidden * g.plane;
-  if (m.has_spatial) planes[0] = arena.zeros<A>(size);
-  if (m.convs.size() > 1) planes[1] = arena.zeros<A>(size);
-  const int64_t pool_width = v.channels_last ? 1 : k.lanes;
-  A* pool = m.has_channel ? arena.zeros<A>(parts * v.c * pool_width) : nullptr;
-  const ReduceOutput<A> reduced{
-      m.reduce_affine.scale, m.reduce_affine.shift, true, planes[0], &g, nullptr, 0, 0,
-      m.packed_reduce};
-  const int64_t tile = v.channels_last ? 16 : 3 * k.lanes, tiles = (v.p + tile - 1) / tile;
+  A* maps[2] = {nullptr, nullptr};
+  if (m.has_spatial) maps[0] = arena.take<A>(v.p * m.ld);
+  if (!m.convs.empty()) maps[1] = arena.take<A>(v.p * m.ld);
+  A* pool = m.has_channel ? arena.zeros<A>(parts * v.c) : nullptr;
+  const Reduce<S> reduced{
+      x, v.line, v.channels_last, v.c, m.hidden, m.reduce, m.ld, maps[0], m.reduce_affine.scale,
+      m.reduce_affine.shift, true};
   parallel(threads, parts, [&](int64_t begin, int64_t end) {
     Arena own;
-    A* scratch = own.take<A>(k.reduce_scratch(v.c, m.hidden));
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t p0 = part(i, parts, tiles) * tile;
-      const int64_t p1 = std::min(part(i + 1, parts, tiles) * tile, v.p);
-      A* sums = pool ? pool + i * v.c * pool_width : nullptr;
-      (v.channels_last ? k.reduce_columns : k.reduce_rows)(
-          x, v.line, v.c, p0, p1, m.reduce, m.hidden, reduced, sums, scratch);
-    }
+    A* scratch = own.take<A>(k.reduce_scratch(v.c));
+    for (int64_t i = begin; i < end; ++i)
+      k.reduce(
+          reduced, part(i, parts, v.p), part(i + 1, parts, v.p), pool ? pool + i * v.c : nullptr,
+          scratch);
   });
 
   // Channel logits.
@@ -203,16 +189,21 @@ void run(
     A* rooms[2] = {arena.take<A>(std::max(v.c, m.widest)), arena.take<A>(std::max(v.c, m.widest))};
     for (int64_t i = 0; i < v.c; ++i) {
       A total = 0;
-      for (int64_t part = 0; part < parts; ++part)
-        for (int64_t lane = 0; lane < pool_width; ++lane)
-          total += pool[(part * v.c + i) * pool_width + lane];
+      for (int64_t part = 0; part < parts; ++part) total += pool[part * v.c + i];
       rooms[0][i] = total / A(v.p);
     }
     int64_t at = 0;
     for (const Linear<A>& layer : m.mlp) {
-      wide.linear(
-          layer.weight, rooms[at], layer.outs, layer.ins, layer.affine.scale, layer.affine.shift,
-          &layer != &m.mlp.back(), rooms[1 - at]);
+      const bool split = threads && layer.outs * layer.ins >= kSerial;
+      parallel(split, split ? parts : 1, [&](int64_t begin, int64_t end) {
+        const int64_t o0 = part(begin, split ? parts : 1, layer.outs);
+        const int64_t o1 = part(end, split ? parts : 1, layer.outs);
+        const Affine<A>& f = layer.affine;
+        wide.linear(
+            layer.weight + o0 * layer.ins, rooms[at], o1 - o0, layer.ins,
+            f.scale ? f.scale + o0 : nullptr, f.shift ? f.shift + o0 : nullptr,
+            &layer != &m.mlp.back(), rooms[1 - at] + o0);
+      });
       at = 1 - at;
     }
     c = rooms[at];
@@ -221,25 +212,19 @@ void run(
   // Spatial logits.
   A* s = nullptr;
   if (m.has_spatial) {
-    const int64_t vectors = (g.span + k.lanes - 1) / k.lanes;
-    A* span = arena.take<A>(vectors * k.lanes);  // a row's last vector may end in the padding
-    const A* in = planes[0];
+    s = arena.take<A>(v.p);
     for (size_t i = 0; i < m.convs.size(); ++i) {
       const bool last = i + 1 == m.convs.size();
-      A* next = last ? nullptr : planes[1 - i % 2];
       const Conv<A> conv{
-          in,  next, m.convs[i], m.conv_affines[i].scale, m.conv_affines[i].shift, true, m.hidden,
-          &g,  mask, last ? m.project : nullptr, span, m.packed_convs};
+          maps[i % 2], maps[1 - i % 2], m.convs[i], m.conv_affines[i].scale,
+          m.conv_affines[i].shift, true, v.h, v.w, m.dilation, m.hidden, m.ld,
+          last ? m.project : nullptr, s};
       parallel(threads, parts, [&](int64_t begin, int64_t end) {
-        wide.conv(conv, part(begin, parts, g.vectors), part(end, parts, g.vectors));
+        wide.conv(conv, part(begin, parts, v.h), part(end, parts, v.h));
       });
-      in = next;
     }
-    if (m.convs.empty()) wide.project(in, g, m.hidden, m.project, span, 0, vectors);
-    s = arena.take<A>(v.p);
-    for (int64_t row = 0; row < v.h; ++row)
-      for (int64_t column = 0; column < v.w; ++column)
-        s[row * v.w + column] = span[row * g.pitch + column] * m.final_scale + m.final_shift;
+    if (m.convs.empty()) wide.project(maps[0], v.p, m.ld, m.hidden, m.project, s);
+    for (int64_t p = 0; p < v.p; ++p) s[p] = s[p] * m.final_scale + m.final_shift;
   }
 
   // Gate.
@@ -274,25 +259,20 @@ void bam_forward(
   with_type(x.scalar_type(), [&](auto tag) {
     using S = decltype(tag);
     Arena arena;
-    const Module<S> m = read_module<S>(v, params, options, eps, arena);
-    const int lanes = kernels<S>().lanes;
-    const Planes g = planes_of(v.h, v.w, m.convs.empty() ? 1 : m.dilation, lanes);
-    const void* mask = m.convs.size() > 1
-        ? pixel_mask<AccOf<S>>(g, (g.span + lanes - 1) / lanes * lanes, arena)
-        : nullptr;
-    const S* from = data<S>(x);
-    S* into = mutable_data<S>(out);
     const int64_t threads = int64_t(torch::stable::get_num_threads());
     const bool wide = threads > 1 && v.n * v.c * v.p >= kSerial;
+    const Module<S> m = read_module<S>(v, params, options, eps, wide, arena);
+    const S* from = data<S>(x);
+    S* into = mutable_data<S>(out);
     // As many samples as divide evenly run whole in a thread each, where x stays in its cache; the
     // rest are split, layer by layer.
     const int64_t whole = wide ? v.n / threads * threads : v.n;
     parallel(wide, whole, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n)
-        run<S>(m, v, from + n * v.sample, into + n * to.sample, to, mask, g, false);
+        run<S>(m, v, from + n * v.sample, into + n * to.sample, to, false);
     });
     for (int64_t n = whole; n < v.n; ++n)
-      run<S>(m, v, from + n * v.sample, into + n * to.sample, to, mask, g, true);
+      run<S>(m, v, from + n * v.sample, into + n * to.sample, to, true);
   });
 }
 

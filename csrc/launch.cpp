@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -108,21 +109,6 @@ View view_like(const Tensor& t, const char* name, const View& like) {
   return v;
 }
 
-Planes planes_of(int64_t height, int64_t width, int64_t dilation, int lanes) {
-  Planes g;
-  g.height = height, g.width = width, g.dilation = dilation;
-  g.pitch = width + dilation;
-  g.origin = dilation * g.pitch + dilation;
-  g.span = (height - 1) * g.pitch + width;
-  const int64_t flat = (g.span + lanes - 1) / lanes, per_row = (width + lanes - 1) / lanes;
-  g.per_row = per_row * height < flat ? per_row : 0;
-  g.vectors = g.per_row ? per_row * height : flat;
-  int64_t plane = g.origin + (height + dilation) * g.pitch;
-  if (plane < g.origin + flat * lanes) plane = g.origin + flat * lanes;
-  g.plane = (plane + 15) / 16 * 16;
-  return g;
-}
-
 template <class A>
 const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena) {
   if (absent(t)) return nullptr;
@@ -205,6 +191,114 @@ void write_values(const A* from, const Tensor& to, int64_t n) {
 template void write_values<float>(const float*, const Tensor&, int64_t);
 template void write_values<double>(const double*, const Tensor&, int64_t);
 
+// --- weights and maps as the kernels take them ----------------------------------------------------
+
+template <class A>
+const A* padded(const A* v, int64_t n, int64_t ld, Arena& arena) {
+  if (!v || n == ld) return v;
+  A* out = arena.zeros<A>(ld);
+  std::memcpy(out, v, size_t(n) * sizeof(A));
+  return out;
+}
+template const float* padded<float>(const float*, int64_t, int64_t, Arena&);
+template const double* padded<double>(const double*, int64_t, int64_t, Arena&);
+
+template <class A>
+const A* pack_matrix(const A* w, int64_t rows, int64_t k, int64_t ld, bool threads, Arena& arena) {
+  A* out = arena.take<A>(k * ld);
+  constexpr int64_t kBlock = 128;
+  parallel(threads, (k + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
+    const int64_t k0 = begin * kBlock, k1 = std::min(end * kBlock, k);
+    wide_kernels<A>().transpose(w + k0, k, rows, k1 - k0, out + k0 * ld, ld, ld);
+  });
+  return out;
+}
+template const float* pack_matrix<float>(const float*, int64_t, int64_t, int64_t, bool, Arena&);
+template const double* pack_matrix<double>(const double*, int64_t, int64_t, int64_t, bool, Arena&);
+
+template <class A>
+const A* pack_conv(const A* w, int64_t h, int64_t ld, bool gradient, bool threads, Arena& arena) {
+  A* out = arena.take<A>(9 * h * ld);
+  parallel(threads, h, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      A* to = out + i * ld;
+      if (gradient) wide_kernels<A>().transpose(w + i * h * 9, 9, h, 9, to, h * ld, ld);
+      else wide_kernels<A>().transpose(w + i * 9, h * 9, h, 9, to, h * ld, ld);
+    }
+  });
+  if (gradient) {
+    const int64_t size = h * ld;
+    for (int64_t tap = 0; tap < 4; ++tap)
+      std::swap_ranges(out + tap * size, out + (tap + 1) * size, out + (8 - tap) * size);
+  }
+  return out;
+}
+template const float* pack_conv<float>(const float*, int64_t, int64_t, bool, bool, Arena&);
+template const double* pack_conv<double>(const double*, int64_t, int64_t, bool, bool, Arena&);
+
+template <class A>
+void load_hidden(const Tensor& t, const View& v, int64_t n, A* out, int64_t ld, Arena& arena) {
+  with_type(t.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    if constexpr (std::is_same_v<AccOf<S>, A>) {
+      const S* from = data<S>(t) + n * v.sample;
+      if (v.channels_last) {
+        for (int64_t p = 0; p < v.p; ++p) {
+          std::memset(out + p * ld, 0, size_t(ld) * sizeof(A));
+          kernels<S>().widen(from + p * v.line, out + p * ld, v.c);
+        }
+        return;
+      }
+      const A* rows;
+      int64_t line = v.line;
+      if constexpr (std::is_same_v<S, A>) {
+        rows = from;
+      } else {
+        A* wide = arena.take<A>(v.c * v.p);
+        for (int64_t j = 0; j < v.c; ++j) kernels<S>().widen(from + j * line, wide + j * v.p, v.p);
+        rows = wide, line = v.p;
+      }
+      wide_kernels<A>().transpose(rows, line, v.c, v.p, out, ld, ld);
+    } else {
+      STD_TORCH_CHECK(false, "expected a map of the accumulator's type or a half type");
+    }
+  });
+}
+template void load_hidden<float>(const Tensor&, const View&, int64_t, float*, int64_t, Arena&);
+template void load_hidden<double>(const Tensor&, const View&, int64_t, double*, int64_t, Arena&);
+
+template <class A>
+void store_hidden(
+    const A* from, int64_t ld, const Tensor& t, const View& v, int64_t n, int64_t p0, int64_t p1,
+    Arena& arena) {
+  with_type(t.scalar_type(), [&](auto tag) {
+    using S = decltype(tag);
+    if constexpr (std::is_same_v<AccOf<S>, A>) {
+      S* to = mutable_data<S>(t) + n * v.sample;
+      if (v.channels_last) {
+        for (int64_t p = p0; p < p1; ++p)
+          kernels<S>().narrow(from + p * ld, to + p * v.line, v.c);
+        return;
+      }
+      const int64_t length = p1 - p0;
+      if constexpr (std::is_same_v<S, A>) {
+        wide_kernels<A>().transpose(from + p0 * ld, ld, length, v.c, to + p0, v.line, length);
+      } else {
+        A* wide = arena.take<A>(v.c * length);
+        wide_kernels<A>().transpose(from + p0 * ld, ld, length, v.c, wide, length, length);
+        for (int64_t j = 0; j < v.c; ++j)
+          kernels<S>().narrow(wide + j * length, to + j * v.line + p0, length);
+      }
+    } else {
+      STD_TORCH_CHECK(false, "expected a map of the accumulator's type or a half type");
+    }
+  });
+}
+template void store_hidden<float>(
+    const float*, int64_t, const Tensor&, const View&, int64_t, int64_t, int64_t, Arena&);
+template void store_hidden<double>(
+    const double*, int64_t, const Tensor&, const View&, int64_t, int64_t, int64_t, Arena&);
+
 // --- the gate's vectors -------------------------------------------------------------------------
 
 template <class A>
@@ -257,16 +351,5 @@ template Gate<float> prepare_gate<float>(
     Combine, bool, bool, const float*, int64_t, const float*, int64_t, float*, float*);
 template Gate<double> prepare_gate<double>(
     Combine, bool, bool, const double*, int64_t, const double*, int64_t, double*, double*);
-
-template <class A>
-void* pixel_mask(const Planes& g, int64_t span, Arena& arena) {
-  using Word = std::conditional_t<std::is_same_v<A, float>, uint32_t, uint64_t>;
-  Word* mask = arena.zeros<Word>(span);
-  for (int64_t row = 0; row < g.height; ++row)
-    std::memset(mask + row * g.pitch, 0xff, size_t(g.width) * sizeof(Word));
-  return mask;
-}
-template void* pixel_mask<float>(const Planes&, int64_t, Arena&);
-template void* pixel_mask<double>(const Planes&, int64_t, Arena&);
 
 } // namespace bam

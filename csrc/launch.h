@@ -38,10 +38,6 @@ class Arena {
   size_t block_, used_;
 };
 
-// From so many positions in all, weights are packed first: copying them then costs a few hundredths
-// of their use.
-constexpr int64_t kPacking = 1024;
-
 // f(begin, end) over [0, n) in torch's thread pool, or here.
 template <class F>
 void parallel(bool threads, int64_t n, const F& f) {
@@ -64,10 +60,13 @@ View view_of(const Tensor& x, const char* name);
 // t's strides, which must walk as `like` does.
 View view_like(const Tensor& t, const char* name, const View& like);
 
-// Beyond it a plane's padding, the square of it, would not fit 64 bits with room to spare.
+// Beyond it twice the dilation would come near what 64 bits hold.
 constexpr int64_t kMostDilation = 65536;
 
-Planes planes_of(int64_t height, int64_t width, int64_t dilation, int lanes);
+// Channels in whole vectors.
+inline int64_t whole_vectors(int64_t channels, int lanes) {
+  return (channels + lanes - 1) / lanes * lanes;
+}
 
 template <class S>
 struct TypeOf;
@@ -126,9 +125,27 @@ struct Affine {
   const A* shift = nullptr;
 };
 
-// [h][P], planar, from sample n of a map of either format.
+// v [n] with zeros up to ld behind it; null stays null.
 template <class A>
-void load_planar(const Tensor& t, const View& v, int64_t n, A* out, Arena& arena);
+const A* padded(const A* v, int64_t n, int64_t ld, Arena& arena);
+
+// w [rows][k] as [k][ld].
+template <class A>
+const A* pack_matrix(
+    const A* w, int64_t rows, int64_t k, int64_t ld, bool threads, Arena& arena);
+
+// The weight [h out][h in][9] of a convolution as [9][h in][ld out]; of its gradient's, the taps
+// turned round, as [9][h out][ld in].
+template <class A>
+const A* pack_conv(const A* w, int64_t h, int64_t ld, bool gradient, bool threads, Arena& arena);
+
+// One sample of a small map as a hidden map [P][ld], and back.
+template <class A>
+void load_hidden(const Tensor& t, const View& v, int64_t n, A* out, int64_t ld, Arena& arena);
+template <class A>
+void store_hidden(
+    const A* from, int64_t ld, const Tensor& t, const View& v, int64_t n, int64_t p0, int64_t p1,
+    Arena& arena);
 
 // The gate's vectors for one sample, from logits in the accumulator's type; `c_room` and `s_room`
 // hold what they become.
@@ -140,9 +157,5 @@ Gate<A> prepare_gate(
 // Whether exp(-c) * exp(-s) stays finite for all pairs.
 template <class A>
 bool can_factor(const A* c, int64_t channels, const A* s, int64_t positions);
-
-// All bits of a word where a position of the span is a pixel.
-template <class A>
-void* pixel_mask(const Planes& g, int64_t vectors_span, Arena& arena);
 
 } // namespace bam

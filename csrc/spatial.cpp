@@ -1,5 +1,5 @@
-// The spatial branch behind the reduction (Eq. 4) in training, forward and backward, on zero-padded
-// planes of the whole batch: [N][h] planes in the accumulator's type, 1/16 of x's size.
+// The spatial branch behind the reduction (Eq. 4) in training, forward and backward, on hidden maps
+// of the whole batch: [N][P][ld] in the accumulator's type, 1/16 of x's size.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -33,116 +33,102 @@ struct Norm {
 template <class A>
 struct Branch {
   View v;  // of the reduction: c is the hidden width
-  int64_t h;
-  Planes g;
-  const void* mask;
-  int64_t vectors;    // of a span
-  int64_t span;       // elements of a span of logits
-  int64_t parts;      // of each sample
+  int64_t h, ld, dilation;
+  int64_t parts;  // of each sample
   bool threads;
-  std::vector<const A*> weights, biases;  // the weights packed where `packed`
-  bool packed;
+  std::vector<const A*> weights, biases;  // the weights as they came, the biases padded
   const A *project, *project_bias;
   std::vector<Norm<A>> hidden;  // none, or one in front of each convolution and of the projection
   bool has_final;
   Norm<A> final;
 
-  int64_t map_size() const { return h * g.plane; }
-  A* maps(Arena& arena) const { return arena.zeros<A>(v.n * map_size()); }
-
-  // f(n, j0, j1) over samples and channels.
-  template <class F>
-  void over_channels(const F& f) const {
-    const int64_t cuts = std::min(parts, h);
-    parallel(threads, v.n * cuts, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        f(i / cuts, part(i % cuts, cuts, h), part(i % cuts + 1, cuts, h));
-    });
-  }
-  // f(n, v0, v1) over samples and `count` vectors.
-  template <class F>
-  void over_vectors(int64_t count, const F& f) const {
-    const int64_t cuts = std::min(parts, count);
-    parallel(threads, v.n * cuts, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        f(i / cuts, part(i % cuts, cuts, count), part(i % cuts + 1, cuts, count));
-    });
-  }
-
+  int64_t map_size() const { return v.p * ld; }
   int64_t positions() const { return v.n * v.p; }
+  A* maps(Arena& arena) const { return arena.take<A>(v.n * map_size()); }
 
-  const A* pack(const A* weight, Arena& arena) const {
-    if (!packed) return weight;
-    A* out = arena.take<A>(h * h * 9);
-    wide_kernels<A>().pack(weight, h, h * 9, out);
-    return out;
+  // f(item, sample, y0, y1) over samples and parts of their rows; `item` counts both.
+  template <class F>
+  void over_rows(const F& f) const {
+    const int64_t cuts = std::min(parts, v.h);
+    parallel(threads, v.n * cuts, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        f(i, i / cuts, part(i % cuts, cuts, v.h), part(i % cuts + 1, cuts, v.h));
+    });
+  }
+  int64_t items() const { return v.n * std::min(parts, v.h); }
+  // f(item, at, n) over the same, as n positions that start with element `at` of maps.
+  template <class F>
+  void over_positions(const F& f) const {
+    over_rows([&](int64_t item, int64_t sample, int64_t y0, int64_t y1) {
+      f(item, sample * map_size() + y0 * v.w * ld, (y1 - y0) * v.w);
+    });
   }
 
-  // out[j] of all samples, in order, from per-sample values [N][h].
-  static void add_samples(const A* partial, int64_t n, int64_t h, A* out) {
-    for (int64_t j = 0; j < h; ++j) {
+  // out [ld] of all items, in order, from what each has summed, [items][ld].
+  void add_items(const A* partial, A* out) const {
+    for (int64_t j = 0; j < ld; ++j) {
       double total = 0;
-      for (int64_t i = 0; i < n; ++i) total += double(partial[i * h + j]);
+      for (int64_t i = 0; i < items(); ++i) total += double(partial[i * ld + j]);
       out[j] = A(total);
     }
   }
 
-  // Mean and biased variance of maps z, into the norm.
-  void take_statistics(const A* z, Norm<A>& norm, A* mean, A* variance, Arena& arena) const {
+  // Mean and biased variance of maps z, into the norm; and [h] each into `taken`.
+  void take_statistics(const A* z, Norm<A>& norm, A* taken, Arena& arena) const {
     const WideKernels<A>& k = wide_kernels<A>();
-    A* partial = arena.take<A>(v.n * h);
-    over_channels([&](int64_t n, int64_t j0, int64_t j1) {
-      k.moments(z + n * map_size(), g, mask, nullptr, j0, j1, partial + n * h);
+    A *partial = arena.take<A>(items() * ld), *mean = arena.take<A>(ld), *var = arena.take<A>(ld);
+    over_positions([&](int64_t item, int64_t at, int64_t n) {
+      k.moments(z + at, n, ld, nullptr, partial + item * ld);
     });
-    add_samples(partial, v.n, h, mean);
-    for (int64_t j = 0; j < h; ++j) mean[j] /= A(positions());
-    over_channels([&](int64_t n, int64_t j0, int64_t j1) {
-      k.moments(z + n * map_size(), g, mask, mean, j0, j1, partial + n * h);
+    add_items(partial, mean);
+    for (int64_t j = 0; j < ld; ++j) mean[j] /= A(positions());
+    over_positions([&](int64_t item, int64_t at, int64_t n) {
+      k.moments(z + at, n, ld, mean, partial + item * ld);
     });
-    add_samples(partial, v.n, h, variance);
-    for (int64_t j = 0; j < h; ++j) variance[j] /= A(positions());
-    norm.mean = mean, norm.variance = variance;
-    norm.settle(h);
+    add_items(partial, var);
+    for (int64_t j = 0; j < ld; ++j) var[j] /= A(positions());
+    std::copy(mean, mean + h, taken);
+    std::copy(var, var + h, taken + h);
+    norm.mean = mean, norm.variance = var;
+    norm.settle(ld);
   }
 
   void activate(const A* z, A* a, const Norm<A>* norm) const {
-    over_channels([&](int64_t n, int64_t j0, int64_t j1) {
+    over_positions([&](int64_t, int64_t at, int64_t n) {
       wide_kernels<A>().activate(
-          z + n * map_size(), a + n * map_size(), g, mask, norm ? norm->scale : nullptr,
-          norm ? norm->shift : nullptr, j0, j1);
+          z + at, a + at, n, ld, norm ? norm->scale : nullptr, norm ? norm->shift : nullptr);
     });
   }
 
-  // One convolution of all samples. With `project`, logits [N][span] come with it.
+  Conv<A> convolution(const A* in, A* out, const A* weight, int64_t sample) const {
+    return {
+        in + sample * map_size(), out ? out + sample * map_size() : nullptr, weight, nullptr,
+        nullptr, false, v.h, v.w, dilation, h, ld, nullptr, nullptr};
+  }
+
+  // One convolution of all samples, weights packed; and with `logits` [N][P] the projection of it.
   void convolve(
       const A* in, A* out, const A* weight, const A* scale, const A* shift, bool relu,
-      const A* projection, A* logits) const {
-    over_vectors(g.vectors, [&](int64_t n, int64_t v0, int64_t v1) {
-      const Conv<A> conv{
-          in + n * map_size(), out ? out + n * map_size() : nullptr, weight, scale, shift, relu, h,
-          &g, mask, projection, logits ? logits + n * span : nullptr, packed};
-      wide_kernels<A>().conv(conv, v0, v1);
+      A* logits) const {
+    over_rows([&](int64_t, int64_t sample, int64_t y0, int64_t y1) {
+      Conv<A> conv = convolution(in, out, weight, sample);
+      conv.scale = scale, conv.shift = shift, conv.relu = relu;
+      if (logits) conv.project = project, conv.logits = logits + sample * v.p;
+      wide_kernels<A>().conv(conv, y0, y1);
     });
   }
 
   void projection(const A* in, A* logits) const {
-    over_vectors(vectors, [&](int64_t n, int64_t v0, int64_t v1) {
-      wide_kernels<A>().project(in + n * map_size(), g, h, project, logits + n * span, v0, v1);
+    over_positions([&](int64_t, int64_t at, int64_t n) {
+      wide_kernels<A>().project(in + at, n, ld, h, project, logits + at / ld);
     });
   }
 
-  // The reduction as padded planes.
   void load(const Tensor& reduced, A* z) const {
     parallel(threads, v.n, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         Arena own;
-        A* planar = own.take<A>(h * v.p);
-        load_planar<A>(reduced, v, n, planar, own);
-        for (int64_t j = 0; j < h; ++j)
-          for (int64_t row = 0; row < v.h; ++row)
-            std::memcpy(
-                z + n * map_size() + j * g.plane + g.origin + row * g.pitch,
-                planar + j * v.p + row * v.w, size_t(v.w) * sizeof(A));
+        load_hidden<A>(reduced, v, n, z + n * map_size(), ld, own);
       }
     });
   }
@@ -178,57 +164,49 @@ Branch<A> read_branch(const Arguments& a, Arena& arena) {
   STD_TORCH_CHECK(
       a.gammas.size() == a.betas.size() && (a.gammas.empty() || a.gammas.size() == norms),
       "gammas, betas: expected none or ", norms, " of each");
-  const int lanes = kernels<A>().lanes;
-  b.g = planes_of(b.v.h, b.v.w, count ? a.dilation : 1, lanes);
-  b.vectors = (b.g.span + lanes - 1) / lanes;
-  b.span = b.vectors * lanes + 16;
-  b.mask = pixel_mask<A>(b.g, b.span, arena);
+  b.ld = whole_vectors(h, wide_kernels<A>().lanes);
+  b.dilation = a.dilation;
   b.parts = b.v.n >= 8 ? 1 : (8 + b.v.n - 1) / b.v.n;
   b.threads = torch::stable::get_num_threads() > 1 && b.v.n * h * b.v.p >= 4096;
-  b.packed = b.v.n * b.v.p >= kPacking;
   for (size_t i = 0; i < count; ++i) {
     const A* weight = values<A>(a.weights[i], "weights", {h, h, 3, 3}, arena);
     STD_TORCH_CHECK(weight, "weights: expected shape [", h, ", ", h, ", 3, 3], got none");
-    b.weights.push_back(b.pack(weight, arena));
-    b.biases.push_back(a.biases.empty() ? nullptr : values<A>(a.biases[i], "biases", {h}, arena));
+    b.weights.push_back(weight);
+    const A* bias = a.biases.empty() ? nullptr : values<A>(a.biases[i], "biases", {h}, arena);
+    b.biases.push_back(padded(bias, h, b.ld, arena));
   }
   b.project = values<A>(a.project_weight, "project_weight", {h}, arena);
   STD_TORCH_CHECK(b.project, "project_weight: expected shape [", h, "], got none");
+  b.project = padded(b.project, h, b.ld, arena);
   b.project_bias = values<A>(a.project_bias, "project_bias", {1}, arena);
   size_t known = 0;
   for (size_t i = 0; i < norms; ++i) {
     Norm<A> norm;
-    const int64_t width = a.hidden_norm && i <= count ? h : 1;
+    const bool inner = a.hidden_norm && i <= count;
+    const int64_t width = inner ? h : 1, room = inner ? b.ld : 1;
+    auto read = [&](const Tensor& t, const char* name) {
+      return padded(values<A>(t, name, {width}, arena), width, room, arena);
+    };
     if (!a.gammas.empty()) {
-      norm.gamma = values<A>(a.gammas[i], "gammas", {width}, arena);
-      norm.beta = values<A>(a.betas[i], "betas", {width}, arena);
+      norm.gamma = read(a.gammas[i], "gammas");
+      norm.beta = read(a.betas[i], "betas");
     }
     norm.batch = a.batch_stats[i], norm.eps = a.eps[i];
-    norm.rstd = arena.take<A>(width), norm.scale = arena.take<A>(width);
-    norm.shift = arena.take<A>(width);
+    norm.rstd = arena.take<A>(room), norm.scale = arena.take<A>(room);
+    norm.shift = arena.take<A>(room);
     if (!norm.batch) {
       STD_TORCH_CHECK(
           known < a.means.size() && known < a.variances.size(),
           "means, variances: expected one for each norm that uses running statistics");
-      norm.mean = values<A>(a.means[known], "means", {width}, arena);
-      norm.variance = values<A>(a.variances[known++], "variances", {width}, arena);
-      norm.settle(width);
+      norm.mean = read(a.means[known], "means");
+      norm.variance = read(a.variances[known++], "variances");
+      norm.settle(room);
     }
-    if (a.hidden_norm && i <= count) b.hidden.push_back(norm);
+    if (inner) b.hidden.push_back(norm);
     else b.final = norm;
   }
   b.has_final = a.norm;
   return b;
-}
-
-// [N][span] to dense [N][P].
-template <class A>
-void gather(const Branch<A>& b, const A* span, A* dense) {
-  for (int64_t n = 0; n < b.v.n; ++n)
-    for (int64_t row = 0; row < b.v.h; ++row)
-      std::memcpy(
-          dense + n * b.v.p + row * b.v.w, span + n * b.span + row * b.g.pitch,
-          size_t(b.v.w) * sizeof(A));
 }
 
 // Mean and biased variance of n values.
@@ -253,39 +231,33 @@ void forward(const Arguments& a, const Tensor& logits, const Tensor& statistics)
     return at;
   };
   A* maps[2] = {b.maps(arena), count ? b.maps(arena) : nullptr};
-  A* span = arena.take<A>(b.v.n * b.span);
+  A* out = mutable_data<A>(logits);
   b.load(a.reduced, maps[0]);
-  if (!b.hidden.empty() && b.hidden[0].batch) {
-    A* at = room(b.hidden[0], b.h);
-    b.take_statistics(maps[0], b.hidden[0], at, at + b.h, arena);
-  }
+  if (!b.hidden.empty() && b.hidden[0].batch)
+    b.take_statistics(maps[0], b.hidden[0], room(b.hidden[0], b.h), arena);
   b.activate(maps[0], maps[0], b.hidden.empty() ? nullptr : &b.hidden[0]);
+  if (count == 0) b.projection(maps[0], out);
   for (size_t i = 0; i < count; ++i) {
-    A *in = maps[i % 2], *out = maps[1 - i % 2];
+    A *from = maps[i % 2], *to = maps[1 - i % 2];
+    A* projected = i + 1 == count ? out : nullptr;
     Norm<A>* norm = b.hidden.empty() ? nullptr : &b.hidden[i + 1];
-    const bool last = i + 1 == count;
+    const A* weight = pack_conv(b.weights[i], b.h, b.ld, false, b.threads, arena);
     if (norm && norm->batch) {
-      b.convolve(in, out, b.weights[i], nullptr, b.biases[i], false, nullptr, nullptr);
-      A* at = room(*norm, b.h);
-      b.take_statistics(out, *norm, at, at + b.h, arena);
-      b.activate(out, out, norm);
-      if (last) b.projection(out, span);
+      b.convolve(from, to, weight, nullptr, b.biases[i], false, nullptr);
+      b.take_statistics(to, *norm, room(*norm, b.h), arena);
+      b.activate(to, to, norm);
+      if (projected) b.projection(to, projected);
       continue;
     }
     const A *scale = nullptr, *shift = b.biases[i];
     if (norm) {
-      A* folded = arena.take<A>(b.h);
-      for (int64_t j = 0; j < b.h; ++j)
+      A* folded = arena.take<A>(b.ld);
+      for (int64_t j = 0; j < b.ld; ++j)
         folded[j] = norm->shift[j] + (b.biases[i] ? b.biases[i][j] * norm->scale[j] : A(0));
       scale = norm->scale, shift = folded;
     }
-    b.convolve(
-        in, last ? nullptr : out, b.weights[i], scale, shift, true, last ? b.project : nullptr,
-        last ? span : nullptr);
+    b.convolve(from, to, weight, scale, shift, true, projected);
   }
-  if (count == 0) b.projection(maps[0], span);
-  A* out = mutable_data<A>(logits);
-  gather(b, span, out);
   const int64_t n = b.positions();
   const A bias = b.project_bias ? *b.project_bias : A(0);
   for (int64_t i = 0; i < n; ++i) out[i] += bias;
@@ -301,6 +273,29 @@ void forward(const Arguments& a, const Tensor& logits, const Tensor& statistics)
   }
 }
 
+// dw [h][h][9] over all samples: groups of taps and inputs, each over the samples in order.
+template <class A>
+void weight_gradient(const Branch<A>& b, const A* dz, const A* in, A* dw, Arena& arena) {
+  const WideKernels<A>& k = wide_kernels<A>();
+  const int64_t h = b.h, ld = b.ld;
+  A* packed = arena.zeros<A>(9 * h * ld);
+  const int64_t cuts = h >= 48 ? 4 : h >= 24 ? 2 : 1;
+  parallel(b.threads, 9 * cuts, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t tap = item / cuts, i0 = part(item % cuts, cuts, h);
+      const int64_t i1 = part(item % cuts + 1, cuts, h);
+      for (int64_t s = 0; s < b.v.n; ++s)
+        k.conv_weight_gradient(
+            b.convolution(in, nullptr, nullptr, s), dz + s * b.map_size(), tap, tap + 1, i0, i1,
+            packed);
+    }
+  });
+  parallel(b.threads, h, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      k.transpose(packed + i * ld, h * ld, 9, h, dw + i * 9, h * 9, 9);
+  });
+}
+
 template <class A>
 void backward(
     const Arguments& a, const Tensor& dlogits, const Tensor& statistics, const Tensor& dreduced,
@@ -310,15 +305,17 @@ void backward(
   const WideKernels<A>& k = wide_kernels<A>();
   const size_t count = b.weights.size();
   const int64_t h = b.h, n = b.v.n, total = b.positions();
+  const int64_t ld = b.ld;
   const A* taken = data<A>(statistics);
-  auto known = [&](Norm<A>& norm, int64_t width) {
+  auto known = [&](Norm<A>& norm, int64_t width, int64_t room) {
     if (!norm.batch) return;
-    norm.mean = taken, norm.variance = taken + width;
+    norm.mean = padded(taken, width, room, arena);
+    norm.variance = padded(taken + width, width, room, arena);
     taken += 2 * width;
-    norm.settle(width);
+    norm.settle(room);
   };
-  for (Norm<A>& norm : b.hidden) known(norm, h);
-  if (b.has_final) known(b.final, 1);
+  for (Norm<A>& norm : b.hidden) known(norm, h, ld);
+  if (b.has_final) known(b.final, 1, 1);
   const bool normed = !b.hidden.empty();
 
   // The maps anew: z[i] in front of a norm, a[i] behind norm and ReLU.
@@ -327,152 +324,105 @@ void backward(
     act[i] = b.maps(arena);
     z[i] = normed ? b.maps(arena) : act[i];
     if (i == 0) b.load(a.reduced, z[0]);
-    else b.convolve(act[i - 1], z[i], b.weights[i - 1], nullptr, b.biases[i - 1], false, nullptr, nullptr);
+    else
+      b.convolve(
+          act[i - 1], z[i], pack_conv(b.weights[i - 1], h, ld, false, b.threads, arena), nullptr,
+          b.biases[i - 1], false, nullptr);
     b.activate(z[i], act[i], normed ? &b.hidden[i] : nullptr);
   }
 
-  // Through the last norm, to the gradient of the projection's output by position of the span.
-  A* dq = arena.zeros<A>(n * b.span);
+  // Through the last norm, to the gradient of the projection's output.
+  A* dq = arena.take<A>(total);
   const A* dl = data<A>(dlogits);
   A* norms_out = mutable_data<A>(dnorms);
   A* final_out = norms_out + (normed ? 2 * h * int64_t(count + 1) : 0);
-  A dbias = 0;
-  {
-    A* q = nullptr;
-    A mean_grad = 0, mean_product = 0, scale = 1, mean = 0, rstd = 1;
-    if (b.has_final) {
-      A* span = arena.take<A>(n * b.span);
-      q = arena.take<A>(total);
-      b.projection(act[count], span);
-      gather(b, span, q);
-      mean = *b.final.mean - (b.project_bias ? *b.project_bias : A(0));
-      rstd = *b.final.rstd, scale = *b.final.scale;
-      double sums = 0, products = 0;
-      for (int64_t i = 0; i < total; ++i) {
-        sums += double(dl[i]);
-        products += double(dl[i]) * double((q[i] - mean) * rstd);
-      }
-      final_out[0] = A(products), final_out[1] = A(sums);
-      if (b.final.batch) mean_grad = A(sums / total), mean_product = A(products / total);
+  double dbias = 0;
+  if (b.has_final) {
+    A* q = arena.take<A>(total);
+    b.projection(act[count], q);
+    const A mean = *b.final.mean - (b.project_bias ? *b.project_bias : A(0));
+    const A rstd = *b.final.rstd, scale = *b.final.scale;
+    double sums = 0, products = 0;
+    for (int64_t i = 0; i < total; ++i) {
+      sums += double(dl[i]);
+      products += double(dl[i]) * double((q[i] - mean) * rstd);
     }
-    double bias_sum = 0;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t row = 0; row < b.v.h; ++row)
-        for (int64_t column = 0; column < b.v.w; ++column) {
-          const int64_t at = i * b.v.p + row * b.v.w + column;
-          A grad = dl[at];
-          if (q) grad = scale * (grad - mean_grad - (q[at] - mean) * rstd * mean_product);
-          dq[i * b.span + row * b.g.pitch + column] = grad;
-          bias_sum += double(grad);
-        }
-    dbias = A(bias_sum);
+    final_out[0] = A(products), final_out[1] = A(sums);
+    const A mean_grad = b.final.batch ? A(sums / double(total)) : A(0);
+    const A mean_product = b.final.batch ? A(products / double(total)) : A(0);
+    for (int64_t i = 0; i < total; ++i)
+      dq[i] = scale * (dl[i] - mean_grad - (q[i] - mean) * rstd * mean_product);
+  } else {
+    std::copy(dl, dl + total, dq);
   }
+  for (int64_t i = 0; i < total; ++i) dbias += double(dq[i]);
 
   A* du = b.maps(arena);
   A* next = count ? b.maps(arena) : nullptr;
-  A* partial = arena.take<A>(2 * n * h);
-  b.over_channels([&](int64_t i, int64_t j0, int64_t j1) {
+  A* partial = arena.take<A>(2 * b.items() * ld);
+  A* sums = arena.take<A>(2 * ld);
+  b.over_positions([&](int64_t item, int64_t at, int64_t n) {
     k.project_gradient(
-        dq + i * b.span, act[count] + i * b.map_size(), b.g, b.project, du + i * b.map_size(),
-        partial + i * h, j0, j1);
+        dq + at / ld, act[count] + at, n, ld, b.project, du + at, partial + item * ld);
   });
+  b.add_items(partial, sums);
   A* projection = arena.take<A>(h + 1);
-  b.add_samples(partial, n, h, projection);
-  projection[h] = dbias;
+  std::copy(sums, sums + h, projection);
+  projection[h] = A(dbias);
   write_values<A>(projection, dprojection, h + 1);
 
   // From the gradient behind norm i to the one in front of it, in place.
   auto through_norm = [&](size_t i) {
     if (!normed) return;
     const Norm<A>& norm = b.hidden[i];
-    b.over_channels([&](int64_t s, int64_t j0, int64_t j1) {
+    A* others = partial + b.items() * ld;
+    b.over_positions([&](int64_t item, int64_t at, int64_t n) {
       k.norm_sums(
-          du + s * b.map_size(), z[i] + s * b.map_size(), b.g, norm.mean, norm.rstd, j0, j1,
-          partial + s * h, partial + (n + s) * h);
+          du + at, z[i] + at, n, ld, norm.mean, norm.rstd, partial + item * ld, others + item * ld);
     });
+    b.add_items(partial, sums);
+    b.add_items(others, sums + ld);
     A* out = norms_out + 2 * h * int64_t(i);  // gamma's, then beta's
-    b.add_samples(partial, n, h, out + h);
-    b.add_samples(partial + n * h, n, h, out);
-    A* means = arena.zeros<A>(2 * h);
-    if (norm.batch)
-      for (int64_t j = 0; j < h; ++j) means[j] = out[h + j] / A(total), means[h + j] = out[j] / A(total);
-    b.over_channels([&](int64_t s, int64_t j0, int64_t j1) {
+    std::copy(sums + ld, sums + ld + h, out);
+    std::copy(sums, sums + h, out + h);
+    for (int64_t j = 0; j < 2 * ld; ++j) sums[j] = norm.batch ? sums[j] / A(total) : A(0);
+    b.over_positions([&](int64_t, int64_t at, int64_t n) {
       k.norm_gradient(
-          du + s * b.map_size(), z[i] + s * b.map_size(), b.g, b.mask, norm.mean, norm.rstd,
-          norm.scale, means, means + h, j0, j1);
+          du + at, z[i] + at, n, ld, norm.mean, norm.rstd, norm.scale, sums, sums + ld);
     });
   };
 
   const bool need_weights = !absent(dconvolutions);
   const int64_t length = h * h * 9 + h;
   A* flat = need_weights ? arena.take<A>(int64_t(count) * length) : nullptr;
-  const int64_t groups = std::min<int64_t>(n, 8), cuts = std::min(b.parts, (h + 3) / 4);
-  A* group_sums = need_weights && count ? arena.take<A>(groups * h * h * 9) : nullptr;
-  A* flipped = arena.take<A>(h * h * 9);
   const bool need_first = !absent(dreduced) || normed;
   for (size_t i = count; i-- > 0;) {
     through_norm(i + 1);
     if (need_weights) {
-      std::memset(group_sums, 0, size_t(groups * h * h * 9) * sizeof(A));
-      parallel(b.threads, groups * cuts, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-          const int64_t group = item / cuts, cut = item % cuts;
-          const int64_t o0 = std::min(part(cut, cuts, (h + 3) / 4) * 4, h);
-          const int64_t o1 = std::min(part(cut + 1, cuts, (h + 3) / 4) * 4, h);
-          for (int64_t s = part(group, groups, n); s < part(group + 1, groups, n); ++s)
-            k.conv_weight_gradient(
-                du + s * b.map_size(), act[i] + s * b.map_size(), b.g, h, o0, o1,
-                group_sums + group * h * h * 9);
-        }
-      });
       A* out = flat + int64_t(i) * length;
-      std::memcpy(out, group_sums, size_t(h * h * 9) * sizeof(A));
-      for (int64_t group = 1; group < groups; ++group)
-        for (int64_t e = 0; e < h * h * 9; ++e) out[e] += group_sums[group * h * h * 9 + e];
-      b.over_channels([&](int64_t s, int64_t j0, int64_t j1) {
-        k.moments(du + s * b.map_size(), b.g, b.mask, nullptr, j0, j1, partial + s * h);
+      weight_gradient(b, du, act[i], out, arena);
+      b.over_positions([&](int64_t item, int64_t at, int64_t n) {
+        k.moments(du + at, n, ld, nullptr, partial + item * ld);
       });
-      b.add_samples(partial, n, h, out + h * h * 9);
+      b.add_items(partial, sums);
+      std::copy(sums, sums + h, out + h * h * 9);
     }
     if (i == 0 && !need_first) break;
-    const A* weight = values<A>(a.weights[i], "weights", {h, h, 3, 3}, arena);
-    for (int64_t o = 0; o < h; ++o)
-      for (int64_t in = 0; in < h; ++in)
-        for (int64_t tap = 0; tap < 9; ++tap)
-          flipped[(in * h + o) * 9 + tap] = weight[(o * h + in) * 9 + 8 - tap];
-    b.convolve(du, next, b.pack(flipped, arena), nullptr, nullptr, false, nullptr, nullptr);
+    const A* weight = pack_conv(b.weights[i], h, ld, true, b.threads, arena);
+    b.convolve(du, next, weight, nullptr, nullptr, false, nullptr);
     std::swap(du, next);
-    b.over_channels([&](int64_t s, int64_t j0, int64_t j1) {
-      k.relu_gradient(du + s * b.map_size(), act[i] + s * b.map_size(), b.g, j0, j1);
+    b.over_positions([&](int64_t, int64_t at, int64_t n) {
+      k.relu_gradient(du + at, act[i] + at, n, ld);
     });
   }
   if (need_first) through_norm(0);
   if (need_weights && count) write_values<A>(flat, dconvolutions, int64_t(count) * length);
   if (!absent(dreduced)) {
     const View to = view_like(dreduced, "dreduced", b.v);
-    with_type(dreduced.scalar_type(), [&](auto tag) {
-      using S = decltype(tag);
-      if constexpr (std::is_same_v<AccOf<S>, A>) {
-        parallel(b.threads, n, [&](int64_t begin, int64_t end) {
-          for (int64_t s = begin; s < end; ++s) {
-            Arena own;
-            S* out = mutable_data<S>(dreduced) + s * to.sample;
-            A* line = own.take<A>(b.v.channels_last ? h * b.v.w : b.v.w);
-            for (int64_t row = 0; row < b.v.h; ++row) {
-              const A* from = du + s * b.map_size() + b.g.origin + row * b.g.pitch;
-              if (b.v.channels_last) {
-                for (int64_t j = 0; j < h; ++j)
-                  for (int64_t c = 0; c < b.v.w; ++c) line[c * h + j] = from[j * b.g.plane + c];
-                for (int64_t c = 0; c < b.v.w; ++c)
-                  kernels<S>().narrow(line + c * h, out + (row * b.v.w + c) * to.line, h);
-              } else {
-                for (int64_t j = 0; j < h; ++j)
-                  kernels<S>().narrow(
-                      from + j * b.g.plane, out + j * to.line + row * b.v.w, b.v.w);
-              }
-            }
-          }
-        });
+    parallel(b.threads, n, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        Arena own;
+        store_hidden<A>(du + s * b.map_size(), ld, dreduced, to, s, 0, b.v.p, own);
       }
     });
   }

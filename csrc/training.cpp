@@ -58,42 +58,20 @@ std::vector<Gate<A>> gates_of(
   return gates;
 }
 
-} // namespace
-
-// [h][P] planar from one sample of a dense map of either format.
+// w [h][C] as panels [C / kPanel][h][kPanel], zero behind C.
 template <class A>
-void load_planar(const Tensor& t, const View& v, int64_t n, A* out, Arena& arena) {
-  with_type(t.scalar_type(), [&](auto tag) {
-    using S = decltype(tag);
-    const S* from = data<S>(t) + n * v.sample;
-    auto copy = [&](const S* p, A* to, int64_t count) {
-      if constexpr (std::is_same_v<S, A>) {
-        std::memcpy(to, p, size_t(count) * sizeof(A));
-      } else if constexpr (std::is_same_v<AccOf<S>, A>) {
-        kernels<S>().widen(p, to, count);
-      } else if constexpr (sizeof(S) == 2) {
-        float* wide = arena.take<float>(count);
-        kernels<S>().widen(p, wide, count);
-        for (int64_t i = 0; i < count; ++i) to[i] = A(wide[i]);
-      } else {
-        for (int64_t i = 0; i < count; ++i) to[i] = A(p[i]);
-      }
-    };
-    if (!v.channels_last) {
-      for (int64_t j = 0; j < v.c; ++j) copy(from + j * v.line, out + j * v.p, v.p);
-      return;
-    }
-    A* lines = arena.take<A>(v.p * v.c);
-    for (int64_t p = 0; p < v.p; ++p) copy(from + p * v.line, lines + p * v.c, v.c);
-    constexpr int64_t kBlock = 16;
-    for (int64_t j0 = 0; j0 < v.c; j0 += kBlock)
-      for (int64_t p = 0; p < v.p; ++p)
-        for (int64_t j = j0; j < std::min(j0 + kBlock, v.c); ++j)
-          out[j * v.p + p] = lines[p * v.c + j];
-  });
+const A* panels(const A* w, int64_t h, int64_t channels, Arena& arena) {
+  const int64_t count = (channels + kPanel - 1) / kPanel;
+  A* out = arena.zeros<A>(count * h * kPanel);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < h; ++j)
+      std::copy(
+          w + j * channels + i * kPanel, w + j * channels + std::min((i + 1) * kPanel, channels),
+          out + (i * h + j) * kPanel);
+  return out;
 }
-template void load_planar<float>(const Tensor&, const View&, int64_t, float*, Arena&);
-template void load_planar<double>(const Tensor&, const View&, int64_t, double*, Arena&);
+
+} // namespace
 
 void pool_reduce(Tensor x, Tensor weight, Tensor bias, Tensor pooled, Tensor reduced) {
   const View v = view_of(x, "x");
@@ -118,21 +96,21 @@ void pool_reduce(Tensor x, Tensor weight, Tensor bias, Tensor pooled, Tensor red
     const A* w = h ? values<A>(weight, "weight", {h, v.c}, arena) : nullptr;
     const A* b = h ? values<A>(bias, "bias", {h}, arena) : nullptr;
     const bool threads = threaded(v);
-    const int64_t parts = parts_of(v.n), width = v.channels_last ? 1 : k.lanes;
-    A* sums = pool ? arena.zeros<A>(v.n * parts * v.c * width) : nullptr;
+    const int64_t parts = parts_of(v.n), ld = whole_vectors(h, k.lanes);
+    if (h) w = pack_matrix(w, h, v.c, ld, threads, arena), b = padded(b, h, ld, arena);
+    A* sums = pool ? arena.zeros<A>(v.n * parts * v.c) : nullptr;
     parallel(threads, v.n * parts, [&](int64_t begin, int64_t end) {
-      Arena own;
-      A* scratch = own.take<A>(k.reduce_scratch(v.c, h));
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = i / parts;
-        const Range r = positions(i % parts, parts, v.p, v.channels_last ? 16 : 3 * k.lanes);
-        const ReduceOutput<A> out{
-            nullptr, b, false, nullptr, nullptr,
-            h ? mutable_data<S>(reduced) + n * to.sample : nullptr, v.channels_last ? 1 : to.line,
-            v.channels_last ? to.line : 1};
-        (v.channels_last ? k.reduce_columns : k.reduce_rows)(
-            data<S>(x) + n * v.sample, v.line, v.c, r.begin, r.end, w, h, out,
-            sums ? sums + i * v.c * width : nullptr, scratch);
+        Arena own;
+        A* scratch = own.take<A>(k.reduce_scratch(v.c));
+        A* map = own.take<A>(v.p * ld);
+        const int64_t n = i / parts, p0 = part(i % parts, parts, v.p);
+        const int64_t p1 = part(i % parts + 1, parts, v.p);
+        const Reduce<S> all{
+            data<S>(x) + n * v.sample, v.line, v.channels_last, v.c, h, w, ld, map, nullptr, b,
+            false};
+        k.reduce(all, p0, p1, sums ? sums + i * v.c : nullptr, scratch);
+        if (h && p0 < p1) store_hidden<A>(map, ld, reduced, to, n, p0, p1, own);
       }
     });
     if (!pool) return;
@@ -140,9 +118,7 @@ void pool_reduce(Tensor x, Tensor weight, Tensor bias, Tensor pooled, Tensor red
     parallel(threads, v.n, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * v.c; i < end * v.c; ++i) {
         A total = 0;
-        for (int64_t p = 0; p < parts; ++p)
-          for (int64_t lane = 0; lane < width; ++lane)
-            total += sums[((i / v.c * parts + p) * v.c + i % v.c) * width + lane];
+        for (int64_t p = 0; p < parts; ++p) total += sums[(i / v.c * parts + p) * v.c + i % v.c];
         means[i] = total / A(v.p);
       }
     });
@@ -292,6 +268,7 @@ void input_gradient(
     using S = decltype(tag);
     using A = AccOf<S>;
     const Kernels<S>& k = kernels<S>();
+    const WideKernels<A>& wide = wide_kernels<A>();
     Arena arena;
     const bool threads = threaded(v);
     std::vector<Gate<A>> gates;
@@ -300,57 +277,68 @@ void input_gradient(
           combine_of(combine), residual, v, read_logits<A>(c, s, v, arena), threads, arena);
     const A* w = has_reduced && has_dx ? values<A>(weight, "weight", {h, v.c}, arena) : nullptr;
     const A* pooled = values<A>(dpooled, "dpooled", {v.n, v.c}, arena);
-    A* planar = has_reduced ? arena.take<A>(v.n * h * v.p) : nullptr;
-    if (has_reduced)
-      parallel(threads, v.n, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-          Arena own;
-          load_planar<A>(dreduced, small, n, planar + n * h * v.p, own);
-        }
-      });
+    const int64_t ld = whole_vectors(h, k.lanes), size = v.p * ld;
+    const int64_t line = whole_vectors(v.p, k.lanes);  // of a channel of a planar map
+    const bool planar = has_dx && !v.channels_last;
+    A* maps = has_reduced ? arena.take<A>(v.n * size) : nullptr;
+    A* planes = has_reduced && planar ? arena.take<A>(v.n * h * line) : nullptr;
+    parallel(threads, has_reduced ? v.n : 0, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        Arena own;
+        load_hidden<A>(dreduced, small, n, maps + n * size, ld, own);
+        if (planar)
+          wide.transpose(maps + n * size, ld, v.p, h, planes + n * h * line, line, line);
+      }
+    });
+    if (w) w = v.channels_last ? panels(w, h, v.c, arena) : pack_matrix(w, h, v.c, h, threads, arena);
     const int64_t parts = parts_of(v.n);
-    if (has_dx)
-      parallel(threads, v.n * parts, [&](int64_t begin, int64_t end) {
-        Arena own;
-        A* scratch = own.take<A>(k.gradient_scratch(v.c));
-        A* mean = own.take<A>(v.c);
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t n = i / parts;
-          const Range r = positions(i % parts, parts, v.p, 3 * k.lanes);
-          if (pooled)
-            for (int64_t j = 0; j < v.c; ++j) mean[j] = pooled[n * v.c + j] / A(v.p);
-          Gate<A> g{Map::channel, false, v.channels_last, nullptr, nullptr};
-          if (has_gate) g = gates[size_t(n)];
-          k.input_gradient(
-              g, has_gate ? data<S>(dout) + n * from.sample : nullptr, from.line,
-              mutable_data<S>(dx) + n * to.sample, to.line, pooled ? mean : nullptr,
-              has_reduced ? planar + n * h * v.p : nullptr, v.p, w, v.c, h, r.begin, r.end,
-              scratch);
-        }
-      });
+    parallel(threads, has_dx ? v.n * parts : 0, [&](int64_t begin, int64_t end) {
+      Arena own;
+      A* scratch = own.take<A>(k.gradient_scratch(v.c));
+      A* mean = own.take<A>(v.c);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / parts;
+        const Range r = positions(i % parts, parts, v.p, k.lanes);
+        if (pooled)
+          for (int64_t j = 0; j < v.c; ++j) mean[j] = pooled[n * v.c + j] / A(v.p);
+        Gate<A> g{Map::channel, false, v.channels_last, nullptr, nullptr};
+        if (has_gate) g = gates[size_t(n)];
+        const InputGradient<S> all{
+            has_gate ? data<S>(dout) + n * from.sample : nullptr,
+            mutable_data<S>(dx) + n * to.sample, from.line, to.line, v.c, h,
+            pooled ? mean : nullptr,
+            !has_reduced ? nullptr : planar ? planes + n * h * line : maps + n * size,
+            planar ? line : ld, w};
+        k.input_gradient(g, all, r.begin, r.end, scratch);
+      }
+    });
     if (!absent(dweight)) {
-      A* dw = arena.take<A>(h * v.c);
+      const WeightGradient<S> all{
+          data<S>(x), v.sample, v.line, v.n, v.p, v.channels_last, maps, ld};
+      A* dw = arena.take<A>(v.c * ld);
       // Blocks of channels, as wide as leaves eight of them.
-      const int64_t width = v.c >= 8 * kWeightChannels ? kWeightChannels : v.c >= 128 ? 16 : 8;
-      const int64_t blocks = (v.c + width - 1) / width;
-      parallel(threads, blocks, [&](int64_t begin, int64_t end) {
+      const int64_t width = v.c >= 8 * kWeightChannels ? kWeightChannels : v.c >= 192 ? 24 : 12;
+      parallel(threads, (v.c + width - 1) / width, [&](int64_t begin, int64_t end) {
         Arena own;
-        A* scratch = own.take<A>(k.weight_gradient_scratch(v.n, v.p));
+        A* scratch = own.take<A>(k.weight_gradient_scratch());
         for (int64_t i = begin; i < end; ++i)
-          k.weight_gradient(
-              v.channels_last, data<S>(x), v.sample, v.line, planar, dw, v.n, v.c, h, v.p,
-              i * width, std::min((i + 1) * width, v.c), scratch);
+          k.weight_gradient(all, i * width, std::min((i + 1) * width, v.c), dw, scratch);
       });
-      write_values<A>(dw, dweight, h * v.c);
+      A* turned = arena.take<A>(h * v.c);
+      wide.transpose(dw, ld, v.c, h, turned, v.c, v.c);
+      write_values<A>(turned, dweight, h * v.c);
     }
     if (!absent(dbias)) {
-      A* db = arena.zeros<A>(h);
-      A* ones = arena.take<A>(v.p);
-      std::fill(ones, ones + v.p, A(1));
-      wide_kernels<A>().inner(1, h, v.p, ones, v.p, planar, v.p, db, h, 1, true);
-      for (int64_t n = 1; n < v.n; ++n)
-        wide_kernels<A>().inner(
-            1, h, v.p, ones, v.p, planar + n * h * v.p, v.p, db, h, 1, true);
+      A *each = arena.take<A>(v.n * ld), *db = arena.take<A>(h);
+      parallel(threads, v.n, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n)
+          wide.moments(maps + n * size, v.p, ld, nullptr, each + n * ld);
+      });
+      for (int64_t j = 0; j < h; ++j) {
+        double total = 0;
+        for (int64_t n = 0; n < v.n; ++n) total += double(each[n * ld + j]);
+        db[j] = A(total);
+      }
       write_values<A>(db, dbias, h);
     }
   });

@@ -1,155 +1,68 @@
-// The dilated 3x3 convolutions (Eq. 4), the projection behind them, and their gradients.
+// The dilated 3x3 convolutions (Eq. 4) on hidden maps, and the gradients of their weights. Taps on
+// the padding are left out: a row is cut where the taps that lie inside change.
 #pragma once
 
-#include "kernels.h"
-#include "micro.h"
+#include "maps.h"
 
 namespace bam {
 namespace BAM_ISA {
 
-template <class A>
-struct Taps {
-  int64_t at[9];
-  explicit Taps(const Planes& g) {
-    for (int tap = 0; tap < 9; ++tap)
-      at[tap] = (tap / 3 - 1) * g.dilation * g.pitch + (tap % 3 - 1) * g.dilation;
-  }
-};
-
-// Where vectors start, in positions of the span, and how many lanes of each are its own.
-template <int V>
-struct Starts {
-  int64_t q[V];
-  int lanes[V];
-  int first_row, last_row;  // of the taps' three that are not padding for all of the vectors
-};
-
-template <int V, class A>
-BAM_INLINE Starts<V> starts_of(const Planes& g, int64_t first) {
-  constexpr int W = kLanes<A>;
-  Starts<V> s;
-  for (int v = 0; v < V; ++v) {
-    if (g.per_row) {
-      const int64_t row = (first + v) / g.per_row, begin = (first + v) % g.per_row * W;
-      s.q[v] = row * g.pitch + begin;
-      s.lanes[v] = g.pitch - begin < W ? int(g.pitch - begin) : W;
-    } else {
-      s.q[v] = (first + v) * W, s.lanes[v] = W;
-    }
-  }
-  const int64_t top = s.q[0] / g.pitch, bottom = (s.q[V - 1] + s.lanes[V - 1] - 1) / g.pitch;
-  s.first_row = bottom < g.dilation ? 1 : 0;
-  s.last_row = top + g.dilation >= g.height ? 1 : 2;
-  return s;
-}
-
-// Output channels [j, j + R) at V vectors; their logits are added to. The weights of R channels lie
-// side by side (`pack`) where they are packed.
-template <int R, int V, class A>
-BAM_NOINLINE void conv_tile(
-    const Conv<A>& c, const Taps<A>& taps, int64_t j, const Starts<V>& s) {
-  constexpr int W = kLanes<A>;
-  const Planes& g = *c.geometry;
-  const int64_t h = c.hidden;
-  Vec<A> t[R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) t[r][v] = zero<A>();
-  const int64_t step = c.packed ? R : 1;
-  RowPointers<A> w(c.weight + j * h * 9, c.packed ? 1 : h * 9);
-  const A* in = c.in + g.origin;
-  w.advance(3 * s.first_row * step);
-  const int first_tap = 3 * s.first_row, last_tap = 3 * s.last_row + 3;
-  const int64_t skipped = (9 - last_tap + first_tap) * step;
-  for (int64_t i = 0; i < h; ++i, in += g.plane) {
-    for (int tap = first_tap; tap < last_tap; ++tap) {
-      const A* b = in + taps.at[tap];
-      Vec<A> x[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) x[v] = load(b + s.q[v]);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        Vec<A> f = splat<A>(w[r]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) t[r][v] += f * x[v];
-      }
-      w.advance(step);
-    }
-    w.advance(skipped);
-  }
-  const auto* words = static_cast<const typename VecTypes<A>::uint*>(c.mask);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    const Vec<A> scale = splat<A>(c.scale ? c.scale[j + r] : A(1));
-    const Vec<A> shift = splat<A>(c.shift ? c.shift[j + r] : A(0));
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      Vec<A> y = t[r][v] * scale + shift;
-      if (c.relu) y = relu<A>(y);
-      if (c.out) {
-        Uints<A> pixels;
-        std::memcpy(&pixels, words + s.q[v], sizeof pixels);
-        A* to = c.out + (j + r) * g.plane + g.origin + s.q[v];
-        const Vec<A> masked = (Vec<A>)((Uints<A>)y & pixels);
-        if (s.lanes[v] == W) store(to, masked);
-        else store_n(to, masked, s.lanes[v]);
-      }
-      if (c.project) {
-        A* to = c.logits + s.q[v];
-        const Vec<A> sum = (j + r ? load_n(to, s.lanes[v]) : zero<A>()) +
-            splat<A>(c.project[j + r]) * y;
-        store_n(to, sum, s.lanes[v]);
-      }
-    }
-  }
+// Calls f(x0, x1) for the runs of columns that have the same taps: at most three.
+template <class F>
+BAM_INLINE void for_runs(int64_t width, int64_t dilation, F&& f) {
+  const int64_t a = dilation < width ? dilation : width;  // from here on there is a left tap
+  const int64_t b = width - a;                            // up to here there is a right one
+  const int64_t cut[4] = {0, a < b ? a : b, a < b ? b : a, width};
+  for (int i = 0; i < 3; ++i)
+    if (cut[i] < cut[i + 1]) f(cut[i], cut[i + 1]);
 }
 
 template <class A>
-void conv(const Conv<A>& c, int64_t v0, int64_t v1) {
-  const Taps<A> taps(*c.geometry);
-  auto tile = [&](int64_t v, auto vecs) {
-    constexpr int V = decltype(vecs)::value;
-    const Starts<V> starts = starts_of<V, A>(*c.geometry, v);
-    for_row_blocks(0, c.hidden, [&](int64_t j, auto rows) {
-      conv_tile<decltype(rows)::value, V, A>(c, taps, j, starts);
+void conv(const Conv<A>& c, int64_t row0, int64_t row1) {
+  const int64_t width = c.width, ld = c.ld;
+  for (int64_t y = row0; y < row1; ++y) {
+    A* line = c.out + y * width * ld;
+    for_runs(width, c.dilation, [&](int64_t x0, int64_t x1) {
+      Term<A> terms[9];
+      int64_t count = 0;
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        const int64_t row = y + (tap / 3 - 1) * c.dilation, shift = (tap % 3 - 1) * c.dilation;
+        if (row < 0 || row >= c.height || x0 + shift < 0 || x1 + shift > width) continue;
+        terms[count++] = {c.in + (row * width + x0 + shift) * ld, c.weight + tap * c.hidden * ld};
+      }
+      product<A>(
+          {x1 - x0, ld / kLanes<A>, terms, count, c.hidden, ld, 1, ld, line + x0 * ld, ld, false});
     });
-  };
-  int64_t v = v0;
-  for (; v + kVecs <= v1; v += kVecs) tile(v, std::integral_constant<int, kVecs>{});
-  for (; v < v1; ++v) tile(v, std::integral_constant<int, 1>{});
-}
-
-template <class A>
-void project(
-    const A* in, const Planes& g, int64_t h, const A* weight, A* logits, int64_t v0, int64_t v1) {
-  constexpr int W = kLanes<A>;
-  for (int64_t q = v0 * W; q < v1 * W; q += W) {
-    Vec<A> s = zero<A>();
-    for (int64_t j = 0; j < h; ++j) s += splat<A>(weight[j]) * load(in + j * g.plane + g.origin + q);
-    store(logits + q, s);
+    if (c.scale || c.shift || c.relu) affine(line, line, width, ld, c.scale, c.shift, c.relu);
+    if (c.project) project(line, width, ld, c.hidden, c.project, c.logits + y * width);
   }
 }
 
+// dw [9][hidden][ld] += sum over rows [row0, row1) of in, shifted by tap, times dz; of taps
+// [tap0, tap1) and inputs [i0, i1).
 template <class A>
 void conv_weight_gradient(
-    const A* dz, const A* in, const Planes& g, int64_t h, int64_t o0, int64_t o1, A* dw) {
-  constexpr int W = kLanes<A>;
-  const Taps<A> taps(g);
-  const int64_t span = (g.span + W - 1) / W * W;  // behind the span dz is zero
-  // Of `in` so much at a time stays in L1 for all taps and outputs.
-  constexpr int64_t kChunk = 512, kInputs = 16;
-  for (int64_t q = 0; q < span; q += kChunk) {
-    const int64_t n = span - q < kChunk ? span - q : kChunk;
-    for (int64_t i = 0; i < h; i += kInputs) {
-      const int64_t inputs = h - i < kInputs ? h - i : kInputs;
-      for (int tap = 0; tap < 9; ++tap)
-        inner<A>(
-            o1 - o0, inputs, n, dz + o0 * g.plane + g.origin + q, g.plane,
-            in + i * g.plane + g.origin + q + taps.at[tap], g.plane, dw + (o0 * h + i) * 9 + tap,
-            h * 9, 9, true);
+    const Conv<A>& c, const A* dz, int64_t tap0, int64_t tap1, int64_t i0, int64_t i1, A* dw) {
+  const int64_t width = c.width, ld = c.ld;
+  constexpr int64_t kTerms = 16;
+  const int64_t fit = 4096 / (width * ld);  // so many rows of dz are 16 KiB of floats
+  const int64_t rows = fit < 1 ? 1 : fit < kTerms ? fit : kTerms;
+  for (int64_t block = 0; block < c.height; block += rows)
+    for (int64_t tap = tap0; tap < tap1; ++tap) {
+      const int64_t down = (tap / 3 - 1) * c.dilation, shift = (tap % 3 - 1) * c.dilation;
+      const int64_t x0 = shift < 0 ? -shift : 0, x1 = shift > 0 ? width - shift : width;
+      if (x0 >= x1) continue;
+      Term<A> terms[kTerms];
+      int64_t count = 0;
+      for (int64_t y = block; y < block + rows && y < c.height; ++y)
+        if (y + down >= 0 && y + down < c.height)
+          terms[count++] = {
+              c.in + ((y + down) * width + x0 + shift) * ld + i0, dz + (y * width + x0) * ld};
+      if (count)
+        product<A>(
+            {i1 - i0, ld / kLanes<A>, terms, count, x1 - x0, 1, ld, ld,
+             dw + (tap * c.hidden + i0) * ld, ld, true});
     }
-  }
 }
 
 } // namespace BAM_ISA

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "micro.h"
+#include "vec.h"
 
 namespace bam {
 namespace BAM_ISA {

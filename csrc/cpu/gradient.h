@@ -2,17 +2,21 @@
 #pragma once
 
 #include "gate.h"
+#include "maps.h"
 
 namespace bam {
 namespace BAM_ISA {
 
-constexpr int64_t kGradientPositions = 512; // NCHW: 8 rows of x are 16 KiB, 16 of dreduced 32 KiB
-constexpr int64_t kGradientColumns = 32;    // channels_last; x of 256 channels is 32 KiB
+// NCHW: so many channels and positions at a time; their sums stay in L1.
+constexpr int64_t kGradientChannels = 24, kGradientPositions = 256;
+constexpr int64_t kGradientColumns = 24;  // positions at a time, channels_last
 
+// Floats or doubles that a call of input_gradient needs.
 template <class A>
 int64_t gradient_scratch(int64_t C) {
-  const int64_t rows = kRows * kGradientPositions, columns = kGradientColumns * C;
-  return (rows > columns ? rows : columns) + kLanes<A>;
+  const int64_t rows = kGradientChannels * kGradientPositions;
+  const int64_t columns = kGradientColumns * (C + kPanel);
+  return rows > columns ? rows : columns;
 }
 
 // One line along the dense axis: dx = sums + across + along + dout * (M + residual).
@@ -65,69 +69,72 @@ void gradient_lines(
   });
 }
 
-// Positions [p0, p1) of one sample, all channels.
+// Positions [p0, p1) of one sample, all channels. p0 is a multiple of the vector's width.
 template <class S>
 void input_gradient(
-    const Gate<Acc<S>>& g, const S* dout, int64_t dout_stride, S* dx, int64_t dx_stride,
-    const Acc<S>* dpooled, const Acc<S>* dreduced, int64_t ld, const Acc<S>* w, int64_t C,
-    int64_t h, int64_t p0, int64_t p1, Acc<S>* scratch) {
+    const Gate<Acc<S>>& g, const InputGradient<S>& r, int64_t p0, int64_t p1, Acc<S>* scratch) {
   using A = Acc<S>;
-  const int64_t step = g.channels_last ? kGradientColumns : kGradientPositions;
-  const A* sums = dreduced ? scratch : nullptr;
+  constexpr int W = kLanes<A>;
+  const int64_t C = r.channels, step = g.channels_last ? kGradientColumns : kGradientPositions;
+  const A* sums = r.dreduced ? scratch : nullptr;
   for (int64_t q = p0; q < p1; q += step) {
     const int64_t n = p1 - q < step ? p1 - q : step;
     if (g.channels_last) {
-      if (dreduced) outer<A>(n, C, h, dreduced + q, 1, ld, w, C, scratch, C, false);
-      gradient_lines<S>(g, dout, dout_stride, sums, C, dpooled, dx, dx_stride, q, n, 0, C);
+      const int64_t room = (C + kPanel - 1) / kPanel * kPanel;
+      for (int64_t c = 0; r.dreduced && c < C; c += kPanel) {
+        const Term<A> term{r.dreduced + q * r.ld, r.weight + c * r.hidden};
+        const int64_t vecs = ((C - c < kPanel ? C - c : kPanel) + W - 1) / W;
+        product<A>({n, vecs, &term, 1, r.hidden, r.ld, 1, kPanel, scratch + c, room, false});
+      }
+      gradient_lines<S>(
+          g, r.dout, r.dout_line, sums, room, r.dpooled, r.dx, r.dx_line, q, n, 0, C);
     } else {
-      for (int64_t c = 0; c < C; c += kRows) {
-        const int64_t count = C - c < kRows ? C - c : kRows;
-        if (dreduced) outer<A>(count, n, h, w + c, 1, C, dreduced + q, ld, scratch, step, false);
+      for (int64_t c = 0; c < C; c += kGradientChannels) {
+        const int64_t count = C - c < kGradientChannels ? C - c : kGradientChannels;
+        if (r.dreduced) {
+          const Term<A> term{r.weight + c * r.hidden, r.dreduced + q};
+          product<A>(
+              {count, (n + W - 1) / W, &term, 1, r.hidden, r.hidden, 1, r.ld, scratch, step, false});
+        }
         gradient_lines<S>(
-            g, dout, dout_stride, sums, step, dpooled, dx, dx_stride, c, count, q, n);
+            g, r.dout, r.dout_line, sums, step, r.dpooled, r.dx, r.dx_line, c, count, q, n);
       }
     }
   }
 }
 
-constexpr int64_t kWeightPositions = 1536; // of all samples at a time: 4 rows of x are 24 KiB
+constexpr int64_t kWeightFloats = 4096;  // of dreduced at a time: 16 KiB
 
 // Floats or doubles that a call of weight_gradient needs: x of a block of channels, converted.
 template <class S>
-int64_t weight_gradient_scratch(int64_t N, int64_t P) {
-  return sizeof(S) == 2 ? kWeightChannels * N * P + kLanes<Acc<S>> : 0;
+int64_t weight_gradient_scratch() {
+  return sizeof(S) == 2 ? kWeightChannels * kWeightFloats : 0;
 }
 
-// Channels [c0, c1) of dw, at most kWeightChannels of them, over all samples.
+// Channels [c0, c1) of dw [C][ld], at most kWeightChannels of them, over all samples.
 template <class S>
 void weight_gradient(
-    bool channels_last, const S* x, int64_t x_sample, int64_t x_stride, const Acc<S>* dreduced,
-    Acc<S>* dw, int64_t N, int64_t C, int64_t h, int64_t P, int64_t c0, int64_t c1,
-    Acc<S>* scratch) {
+    const WeightGradient<S>& r, int64_t c0, int64_t c1, Acc<S>* dw, Acc<S>* scratch) {
   using A = Acc<S>;
-  const int64_t count = c1 - c0;
-  int64_t ld = channels_last ? count : P, sample = count * P;
-  const A* rows = nullptr;
-  for (int64_t n = 0; n < N; ++n) {
-    const S* from = x + n * x_sample + (channels_last ? c0 : c0 * x_stride);
-    A* room = sizeof(S) == 2 ? scratch + n * sample : nullptr;
-    const A* wide = channels_last ? wide_rows(from, x_stride, P, count, room, ld)
-                                  : wide_rows(from, x_stride, count, P, room, ld);
-    if (n == 0) rows = wide;
-  }
-  if (sizeof(S) != 2) sample = x_sample;
-  if (channels_last) {
-    for (int64_t n = 0; n < N; ++n)
-      outer<A>(
-          h, count, P, dreduced + n * h * P, P, 1, rows + n * sample, ld, dw + c0, C, n > 0);
-    return;
-  }
-  const int64_t some = kWeightPositions / N / 16 * 16, step = some > 64 ? some : 64;
-  for (int64_t p = 0; p < P; p += step) {
-    const int64_t length = P - p < step ? P - p : step;
-    inner_several<A>(
-        count, h, length, rows + p, ld, dreduced + p, P, {N, sample, h * P}, dw + c0, 1, C, p > 0);
-  }
+  const int64_t fit = kWeightFloats / r.ld, some = fit < 16 ? 16 : fit, count = c1 - c0;
+  for (int64_t n = 0; n < r.samples; ++n)
+    for (int64_t p = 0; p < r.positions; p += some) {
+      const int64_t length = r.positions - p < some ? r.positions - p : some;
+      const S* x = r.x + n * r.sample + (r.channels_last ? p * r.line + c0 : c0 * r.line + p);
+      Term<A> term{nullptr, r.dreduced + (n * r.positions + p) * r.ld};
+      int64_t line = r.line;
+      if constexpr (sizeof(S) == 2) {
+        const int64_t lines = r.channels_last ? length : count;
+        line = r.channels_last ? count : length;
+        for (int64_t i = 0; i < lines; ++i) widen_row<S>(x + i * r.line, scratch + i * line, line);
+        term.a = scratch;
+      } else {
+        term.a = x;
+      }
+      product<A>(
+          {count, r.ld / kLanes<A>, &term, 1, length, r.channels_last ? 1 : line,
+           r.channels_last ? line : 1, r.ld, dw + c0 * r.ld, r.ld, n > 0 || p > 0});
+    }
 }
 
 } // namespace BAM_ISA

@@ -3,7 +3,6 @@
 
 #include "conv.h"
 #include "gradient.h"
-#include "planes.h"
 #include "reduce.h"
 
 namespace bam {
@@ -11,10 +10,7 @@ namespace BAM_ISA {
 
 template <class S>
 void widen_all(const S* from, Acc<S>* to, int64_t n) {
-  constexpr int W = kLanes<Acc<S>>;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(to + i, load(from + i));
-  if (i < n) store_n(to + i, load_n(from + i, int(n - i)), int(n - i));
+  widen_row<S>(from, to, n);
 }
 template <class S>
 void narrow_all(const Acc<S>* from, S* to, int64_t n) {
@@ -61,20 +57,20 @@ void linear(
 template <class S>
 const Kernels<S>* table_of() {
   static const Kernels<S> table = {
-      kLanes<Acc<S>>,    reduce_scratch<Acc<S>>, gradient_scratch<Acc<S>>,
-      reduce_rows<S>,    reduce_columns<S>,      gate<S>,
-      gate_gradient<S>,  input_gradient<S>,      weight_gradient_scratch<S>,
-      weight_gradient<S>, widen_all<S>,          narrow_all<S>,
+      kLanes<Acc<S>>,     reduce_scratch<S>,        reduce<S>,
+      gate<S>,            gate_gradient<S>,         gradient_scratch<Acc<S>>,
+      input_gradient<S>,  weight_gradient_scratch<S>, weight_gradient<S>,
+      widen_all<S>,       narrow_all<S>,
   };
   return &table;
 }
 template <class A>
 const WideKernels<A>* wide_table_of() {
   static const WideKernels<A> table = {
-      pack<A>,          conv<A>,          conv_weight_gradient<A>, project<A>,   outer<A>,
-      inner<A>,         moments<A>,              activate<A>,  project_gradient<A>,
-      relu_gradient<A>, norm_sums<A>,            norm_gradient<A>, exp_negative<A>,
-      sigmoid_all<A>,   sigmoid_slope<A>,        linear<A>,
+      kLanes<A>,         transpose<A>,        product<A>,   conv<A>,
+      conv_weight_gradient<A>, project<A>,    moments<A>,   activate<A>,
+      project_gradient<A>, relu_gradient<A>,  norm_sums<A>, norm_gradient<A>,
+      exp_negative<A>,   sigmoid_all<A>,      sigmoid_slope<A>, linear<A>,
   };
   return &table;
 }

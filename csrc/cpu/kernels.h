@@ -10,36 +10,80 @@ namespace bam {
 template <class S>
 using AccOf = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
-// Where the reduction's rows go: y = relu?(sum * scale[j] + shift[j]), to padded planes in the
-// accumulator's type, or else to a dense map in x's type.
+// A pair of factors of `Product`: scalars, and rows of vectors.
 template <class A>
-struct ReduceOutput {
-  const A* scale;  // or null for 1
-  const A* shift;  // or null for 0
-  bool relu;
-  A* planes;
-  const Planes* geometry;
-  void* dense;
-  int64_t dense_row, dense_column;  // strides along h and along positions; one of them is 1
-  bool packed = false;  // whether w is (`pack`); reduce_columns takes none that is
+struct Term {
+  const A *a, *b;
 };
 
-// A dilated 3x3 convolution from planes to planes, y = relu?(conv * scale[j] + shift[j]), and where
-// `project` [h] is given, logits += project . relu(y).
+// out[r][v] (+)= sum over terms and k of a[r * row + k * step] * b[k * b_step + v]
+template <class A>
+struct Product {
+  int64_t rows, vecs;  // of out; a vector has `lanes` values
+  const Term<A>* terms;
+  int64_t count, k;  // terms, and how long each is
+  int64_t row, step, b_step;
+  A* out;
+  int64_t out_row;
+  bool accumulate;
+};
+
+// Hidden maps are [positions][ld] in the accumulator's type, ld channels being whole vectors; so are
+// the vectors by hidden channel, which are zero behind the last one.
+
+// y = relu?(W x * scale + shift)
+template <class S>
+struct Reduce {
+  using A = AccOf<S>;
+  const S* x;    // one sample
+  int64_t line;  // from channel to channel or, channels_last, from position to position
+  bool channels_last;
+  int64_t channels, hidden;  // hidden may be 0: pooling alone
+  const A* weight;           // [channels][ld]
+  int64_t ld;
+  A* out;
+  const A *scale, *shift;  // or null
+  bool relu;
+};
+
+// A dilated 3x3 convolution of one sample, y = relu?(conv * scale + shift), and where `project` is
+// given, logits = project . y.
 template <class A>
 struct Conv {
   const A* in;
-  A* out;           // or null
-  const A* weight;  // [h out][h in][9]
-  const A* scale;   // or null
-  const A* shift;   // or null
+  A* out;
+  const A* weight;  // [9][hidden in][ld]
+  const A *scale, *shift;  // or null
   bool relu;
-  int64_t hidden;
-  const Planes* geometry;
-  const void* mask;  // all bits of a word where a position of the span is a pixel, else none
-  const A* project;
-  A* logits;  // by position of the span
-  bool packed = false;  // whether the weight is (`pack`), as [h][9 h]
+  int64_t height, width, dilation, hidden, ld;
+  const A* project;  // or null
+  A* logits;
+};
+
+// dx = dout * (residual + M) + W^T dreduced + dpooled, of one sample; dout, dreduced and dpooled may
+// be null.
+template <class S>
+struct InputGradient {
+  using A = AccOf<S>;
+  const S* dout;
+  S* dx;
+  int64_t dout_line, dx_line, channels, hidden;
+  const A* dpooled;
+  const A* dreduced;  // [hidden][ld] planar or, channels_last, a hidden map
+  int64_t ld;
+  const A* weight;  // [channels][hidden] or, channels_last, panels [channels / kPanel][hidden][kPanel]
+};
+
+constexpr int64_t kPanel = 64;
+
+// dW = x dreduced^T over all samples.
+template <class S>
+struct WeightGradient {
+  const S* x;
+  int64_t sample, line, samples, positions;
+  bool channels_last;
+  const AccOf<S>* dreduced;  // hidden maps
+  int64_t ld;
 };
 
 template <class A>
@@ -51,21 +95,15 @@ struct Gate {
   const A* by_position;
 };
 
-constexpr int64_t kWeightChannels = 48;  // three vectors of 16 floats
+constexpr int64_t kWeightChannels = 48;  // whole tiles of `product`
 
 template <class S>
 struct Kernels {
   using A = AccOf<S>;
-  // Lanes of a vector of A: `pool` of reduce_rows is [C][lanes], of reduce_columns [C].
-  int lanes;
-  int64_t (*reduce_scratch)(int64_t C, int64_t h);
-  int64_t (*gradient_scratch)(int64_t C);
-  void (*reduce_rows)(
-      const S* x, int64_t stride, int64_t C, int64_t p0, int64_t p1, const A* w, int64_t h,
-      const ReduceOutput<A>& out, A* pool, A* scratch);
-  void (*reduce_columns)(
-      const S* x, int64_t stride, int64_t C, int64_t p0, int64_t p1, const A* w, int64_t h,
-      const ReduceOutput<A>& out, A* pool, A* scratch);
+  int lanes;  // of a vector of A
+  int64_t (*reduce_scratch)(int64_t C);
+  // Positions [p0, p1); pool [C] is added to, where given.
+  void (*reduce)(const Reduce<S>& r, int64_t p0, int64_t p1, A* pool, A* scratch);
   // out and x: [C0, C1) x [p0, p1) of one sample.
   void (*gate)(
       const Gate<A>& g, const S* x, int64_t x_stride, S* out, int64_t out_stride, int64_t c0,
@@ -76,18 +114,13 @@ struct Kernels {
       Combine combine, bool has_channel, bool has_spatial, bool factored, bool channels_last,
       const S* dout, int64_t dout_stride, const S* x, int64_t x_stride, const A* channel, const A* spatial,
       A* dchannel, A* dspatial, int64_t c0, int64_t c1, int64_t p0, int64_t p1);
-  // dx = dout * (residual + M) + W^T dreduced + dpooled, of one sample, positions [p0, p1).
-  // dreduced [h][ld] is planar; dout, dpooled and dreduced may be null.
+  int64_t (*gradient_scratch)(int64_t C);
   void (*input_gradient)(
-      const Gate<A>& g, const S* dout, int64_t dout_stride, S* dx, int64_t dx_stride,
-      const A* dpooled, const A* dreduced, int64_t ld, const A* w, int64_t C, int64_t h,
-      int64_t p0, int64_t p1, A* scratch);
-  // dw [h][C] = dreduced x^T summed over the samples, its channels [c0, c1): at most
-  // kWeightChannels. dreduced [N][h][P] is planar.
-  int64_t (*weight_gradient_scratch)(int64_t N, int64_t P);
+      const Gate<A>& g, const InputGradient<S>& r, int64_t p0, int64_t p1, A* scratch);
+  // Channels [c0, c1) of dw [C][ld], at most kWeightChannels.
+  int64_t (*weight_gradient_scratch)();
   void (*weight_gradient)(
-      bool channels_last, const S* x, int64_t x_sample, int64_t x_stride, const A* dreduced, A* dw,
-      int64_t N, int64_t C, int64_t h, int64_t P, int64_t c0, int64_t c1, A* scratch);
+      const WeightGradient<S>& r, int64_t c0, int64_t c1, A* dw, A* scratch);
   void (*widen)(const S* from, A* to, int64_t n);
   void (*narrow)(const A* from, S* to, int64_t n);
 };
@@ -95,44 +128,35 @@ struct Kernels {
 // What does not depend on the storage type.
 template <class A>
 struct WideKernels {
-  // The rows of w [rows][k] side by side, as many as the kernels take at a time.
-  void (*pack)(const A* w, int64_t rows, int64_t k, A* out);
-  // Vectors [v0, v1) of the geometry's.
-  void (*conv)(const Conv<A>& conv, int64_t v0, int64_t v1);
-  // dw [h][h][9] += sum over the span of dz[o] * in[i], shifted by tap; dz's padding is zero.
+  int lanes;
+  // to[k * to_row + r] = from[r * from_row + k] for r < rows, k < length; 0 for rows <= r < stored.
+  void (*transpose)(
+      const A* from, int64_t from_row, int64_t rows, int64_t length, A* to, int64_t to_row,
+      int64_t stored);
+  void (*product)(const Product<A>& product);
+  // Rows [row0, row1).
+  void (*conv)(const Conv<A>& conv, int64_t row0, int64_t row1);
+  // dw [9][hidden in][ld] += sum over positions of in, shifted by tap, times dz; of taps [tap0, tap1)
+  // and inputs [i0, i1). Of `conv` the map and its sizes count.
   void (*conv_weight_gradient)(
-      const A* dz, const A* in, const Planes& g, int64_t h, int64_t o0, int64_t o1, A* dw);
-  void (*project)(
-      const A* in, const Planes& g, int64_t h, const A* weight, A* logits, int64_t v0, int64_t v1);
-  // The two products of matrices, for the small layers.
-  // out [rows][n] (+)= a [rows][k] b [k][n]: a by any strides, b's rows dense.
-  void (*outer)(
-      int64_t rows, int64_t n, int64_t k, const A* a, int64_t row, int64_t step, const A* b,
-      int64_t b_step, A* out, int64_t ld, bool accumulate);
-  // out [rows][columns] (+)= a [rows][n] b [columns][n]^T, out by any strides.
-  void (*inner)(
-      int64_t rows, int64_t columns, int64_t n, const A* a, int64_t a_row, const A* b,
-      int64_t b_row, A* out, int64_t out_row, int64_t out_column, bool accumulate);
-  // Of padded planes, channels [j0, j1): out[j] = sum of z, or of (z - mean)^2 where mean is given.
-  void (*moments)(
-      const A* z, const Planes& g, const void* mask, const A* mean, int64_t j0, int64_t j1, A* out);
+      const Conv<A>& conv, const A* dz, int64_t tap0, int64_t tap1, int64_t i0, int64_t i1, A* dw);
+  void (*project)(const A* a, int64_t n, int64_t ld, int64_t h, const A* weight, A* logits);
+  // Of hidden maps of n positions: out = sum of z, or of (z - mean)^2 where mean is given.
+  void (*moments)(const A* z, int64_t n, int64_t ld, const A* mean, A* out);
   // a = relu(z * scale + shift)
-  void (*activate)(
-      const A* z, A* a, const Planes& g, const void* mask, const A* scale, const A* shift,
-      int64_t j0, int64_t j1);
-  // du = weight dq where act > 0; dweight[j] = sum of dq act. dq is by position of the span.
+  void (*activate)(const A* z, A* a, int64_t n, int64_t ld, const A* scale, const A* shift);
+  // du = weight dq where act > 0; dweight = sum of dq act. dq is by position.
   void (*project_gradient)(
-      const A* dq, const A* act, const Planes& g, const A* weight, A* du, A* dweight, int64_t j0,
-      int64_t j1);
-  void (*relu_gradient)(A* du, const A* act, const Planes& g, int64_t j0, int64_t j1);
-  // sums[j] = sum of du, products[j] = sum of du (z - mean) rstd
+      const A* dq, const A* act, int64_t n, int64_t ld, const A* weight, A* du, A* dweight);
+  void (*relu_gradient)(A* du, const A* act, int64_t n, int64_t ld);
+  // sums = sum of du, products = sum of du (z - mean) rstd
   void (*norm_sums)(
-      const A* du, const A* z, const Planes& g, const A* mean, const A* rstd, int64_t j0,
-      int64_t j1, A* sums, A* products);
+      const A* du, const A* z, int64_t n, int64_t ld, const A* mean, const A* rstd, A* sums,
+      A* products);
   // du = scale (du - mean_gradient - (z - mean) rstd mean_product)
   void (*norm_gradient)(
-      A* du, const A* z, const Planes& g, const void* mask, const A* mean, const A* rstd,
-      const A* scale, const A* mean_gradient, const A* mean_product, int64_t j0, int64_t j1);
+      A* du, const A* z, int64_t n, int64_t ld, const A* mean, const A* rstd, const A* scale,
+      const A* mean_gradient, const A* mean_product);
   void (*exp_negative)(const A* from, A* to, int64_t n);  // exp(-x)
   void (*sigmoid)(const A* from, A* to, int64_t n);
   void (*sigmoid_slope)(const A* from, A* to, int64_t n);  // sigmoid'(x)
