@@ -5,13 +5,10 @@ Every check of an argument stands here, before any kernel starts.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 
-from bam_kernels import inference, ops, reference  # noqa: F401 - importing ops registers the operators
-from bam_kernels.backends.reference import split_pairs
+from bam_kernels import inference, ops, reference, training  # noqa: F401 - importing ops registers the operators
 from bam_kernels.config import check_combine
 from bam_kernels.dispatch import DTYPES, choose_backend, log_once
 from bam_kernels.fusable import (
@@ -22,6 +19,7 @@ from bam_kernels.fusable import (
     uses_batch_stats,
 )
 from bam_kernels.reference import ChannelBranch, SpatialBranch
+from bam_kernels.training import Taken
 
 
 def gate(
@@ -139,6 +137,10 @@ def bam(
         arguments = inference.arguments(x, channel, spatial, combine, residual)
         if arguments is not None:
             return torch.ops.bam_kernels.bam(x, *arguments)
+    if observer is None:
+        out = training.refine(x, channel, spatial, combine, residual)
+        if out is not None:
+            return out
 
     weight = bias = None
     if spatial is not None:
@@ -148,10 +150,10 @@ def bam(
     pooled, reduced, *links = torch.ops.bam_kernels.pool_reduce_linked(
         x, weight, bias, channel is not None, combine, residual
     )
-    taken: list[_Taken] = []
+    taken: list[Taken] = []
     c = None if channel is None else _channel_logits(pooled, channel, taken)
     s = None if spatial is None else _spatial_logits(reduced, spatial, taken)
-    _update_running(taken)
+    training.update_running(taken, torch.ops.bam_kernels)
     if observer is not None:
         observer(c, s)
     n, _, h, w = x.shape
@@ -187,117 +189,32 @@ def _plain(
     return reference.gate(x, c, s, combine, residual).to(x.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Taken:
-    """Batch statistics that a batch norm took in this forward: [h] each, of n values a channel."""
-
-    norm: nn.modules.batchnorm._BatchNorm
-    mean: Tensor
-    variance: Tensor  # biased
-    n: int
-
-
-def _channel_logits(pooled: Tensor, branch: ChannelBranch, taken: list[_Taken]) -> Tensor:
+def _channel_logits(pooled: Tensor, branch: ChannelBranch, taken: list[Taken]) -> Tensor:
     """Mc from the pooled vector: fused where the MLP has the paper's one hidden layer."""
     samples = pooled.shape[0]
     reason = unfusable_mlp(branch, samples)
     if reason is not None:
         log_once(f"the channel MLP runs as PyTorch's own operators: {reason}")
         return branch.from_pooled(pooled)
-    fc0, fc1 = branch.fc[0], branch.fc[1]
-    hidden_norm = None if branch.hidden_norm is None else branch.hidden_norm[0]
-    norm = branch.norm
-    hidden_stats, stats = uses_batch_stats(hidden_norm), uses_batch_stats(norm)
-    logits, _, hidden_mean, hidden_var, mean, var = torch.ops.bam_kernels.channel_mlp(
-        pooled,
-        fc0.weight,
-        fc0.bias,
-        fc1.weight,
-        fc1.bias,
-        *_norm_tensors(hidden_norm),
-        *_norm_tensors(norm),
-        hidden_norm is not None,
-        hidden_stats,
-        1e-5 if hidden_norm is None else hidden_norm.eps,
-        norm is not None,
-        stats,
-        1e-5 if norm is None else norm.eps,
-    )
-    if hidden_stats:
-        taken.append(_Taken(hidden_norm, hidden_mean, hidden_var, samples))
-    if stats:
-        taken.append(_Taken(norm, mean, var, samples))
+    call = training.channel_call(branch)
+    logits, _, *statistics = torch.ops.bam_kernels.channel_mlp(pooled, *call.tensors, *call.options)
+    taken += call.taken(statistics, samples)
     return logits
 
 
-def _spatial_logits(reduced: Tensor, branch: SpatialBranch, taken: list[_Taken]) -> Tensor:
+def _spatial_logits(reduced: Tensor, branch: SpatialBranch, taken: list[Taken]) -> Tensor:
     """Ms from the reduction."""
     reason = unfusable_spatial(branch)
     if reason is not None:
         log_once(f"the spatial branch runs as PyTorch's own operators: {reason}")
         return branch.from_reduced(reduced)
     n, _, h, w = reduced.shape
-    convs = list(branch.dilated)
-    norms = [] if branch.hidden_norm is None else list(branch.hidden_norm)
-    norms += [] if branch.norm is None else [branch.norm]
-    batch_stats = [uses_batch_stats(norm) for norm in norms]
-    known = [norm for norm, batch in zip(norms, batch_stats, strict=True) if not batch]
-    affine = len(norms) > 0 and norms[0].weight is not None
-    logits, statistics = torch.ops.bam_kernels.spatial_branch(
-        reduced,
-        [conv.weight for conv in convs],
-        [conv.bias for conv in convs] if convs and convs[0].bias is not None else [],
-        branch.project.weight.flatten(),
-        branch.project.bias,
-        [norm.weight for norm in norms] if affine else [],
-        [norm.bias for norm in norms] if affine else [],
-        [norm.running_mean for norm in known],
-        [norm.running_var for norm in known],
-        branch.hidden_norm is not None,
-        branch.norm is not None,
-        batch_stats,
-        [norm.eps for norm in norms],
-        convs[0].dilation[0] if convs else 1,
-    )
-    if any(batch_stats):
-        rows = split_pairs(statistics, [norm.num_features for norm in norms], batch_stats)
-        for norm, row in zip(norms, rows, strict=True):
-            if row is not None:
-                taken.append(_Taken(norm, row[0], row[1], n * h * w))
+    call = training.spatial_call(branch)
+    tensors = [*call.tensors]
+    tensors[2] = tensors[2].flatten()
+    logits, statistics = torch.ops.bam_kernels.spatial_branch(reduced, *tensors, *call.options)
+    taken += call.taken(statistics, n * h * w)
     return logits
-
-
-def _norm_tensors(
-    norm: nn.BatchNorm1d | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    if norm is None:
-        return None, None, None, None
-    # Statistics that are not read are not passed: they are about to be updated in place.
-    stats = (None, None) if uses_batch_stats(norm) else (norm.running_mean, norm.running_var)
-    return norm.weight, norm.bias, *stats
-
-
-@torch.no_grad()
-def _update_running(taken: list[_Taken]) -> None:
-    """What a training forward of `nn.BatchNorm1d` and `nn.BatchNorm2d` does to their buffers."""
-    kept = [
-        each
-        for each in taken
-        if each.norm.training
-        and each.norm.track_running_stats
-        and each.norm.running_mean is not None
-    ]
-    if not kept:
-        return
-    torch.ops.bam_kernels.update_running(
-        [each.norm.running_mean for each in kept],
-        [each.norm.running_var for each in kept],
-        [each.norm.num_batches_tracked for each in kept],
-        [each.mean for each in kept],
-        [each.variance for each in kept],
-        [each.n for each in kept],
-        [-1.0 if each.norm.momentum is None else each.norm.momentum for each in kept],
-    )
 
 
 # --- checks -----------------------------------------------------------------------------------

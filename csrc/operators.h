@@ -33,6 +33,17 @@ void update_running(
     std::vector<Tensor> batch_means, std::vector<Tensor> batch_variances,
     std::vector<int64_t> counts, std::vector<double> momenta);
 
+// The channel branch behind the pooling, one hidden layer. params: weight0, bias0, weight1, bias1, and
+// of the hidden and the last norm gamma, beta, mean, variance each. norms: whether each exists and
+// whether it takes the batch's statistics. taken: mean and variance of each that does. grads: of
+// pooled (or absent), weight0, bias0, weight1, bias1, hidden gamma and beta, gamma, beta.
+void channel_forward(
+    Tensor pooled, std::vector<Tensor> params, Tensor logits, Tensor kept,
+    std::vector<Tensor> taken, std::vector<bool> norms, std::vector<double> eps);
+void channel_backward(
+    Tensor dlogits, Tensor kept, Tensor pooled, std::vector<Tensor> params,
+    std::vector<Tensor> grads, std::vector<bool> norms, std::vector<double> eps);
+
 // The spatial branch behind the reduction; see `bam_kernels.backends.triton` for the arguments.
 void spatial_forward(
     Tensor reduced, std::vector<Tensor> weights, std::vector<Tensor> biases, Tensor project_weight,

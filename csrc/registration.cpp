@@ -37,6 +37,12 @@ STABLE_TORCH_LIBRARY(bam_kernels_cpp, m) {
       " Tensor weight, Tensor(a!) dx, Tensor(b!) dweight, Tensor(c!) dbias, int combine,"
       " bool residual) -> ()");
   m.def(
+      "channel_forward(Tensor pooled, Tensor[] params, Tensor(a!) logits, Tensor(b!) kept,"
+      " Tensor(c!)[] taken, bool[] norms, float[] eps) -> ()");
+  m.def(
+      "channel_backward(Tensor dlogits, Tensor kept, Tensor pooled, Tensor[] params,"
+      " Tensor(a!)[] grads, bool[] norms, float[] eps) -> ()");
+  m.def(
       "spatial_forward(Tensor reduced, Tensor[] weights, Tensor[] biases, Tensor project_weight,"
       " Tensor project_bias, Tensor[] gammas, Tensor[] betas, Tensor[] means, Tensor[] variances,"
       " Tensor(a!) logits, Tensor(b!) statistics, bool hidden_norm, bool norm, bool[] batch_stats,"
@@ -64,6 +70,8 @@ STABLE_TORCH_LIBRARY_IMPL(bam_kernels_cpp, CPU, m) {
   m.impl("gate_forward", TORCH_BOX(&bam::gate_forward));
   m.impl("gate_gradient", TORCH_BOX(&bam::gate_gradient));
   m.impl("input_gradient", TORCH_BOX(&bam::input_gradient));
+  m.impl("channel_forward", TORCH_BOX(&bam::channel_forward));
+  m.impl("channel_backward", TORCH_BOX(&bam::channel_backward));
   m.impl("spatial_forward", TORCH_BOX(&bam::spatial_forward));
   m.impl("spatial_backward", TORCH_BOX(&bam::spatial_backward));
   m.impl("update_running", TORCH_BOX(&bam::update_running));

@@ -132,16 +132,52 @@ def input_gradient(
     return dx, dweight, dbias
 
 
-def channel_mlp_forward(pooled: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    """The channel branch behind the pooling, on torch's operators in the accumulator's type."""
-    with torch.autocast("cpu", enabled=False):
-        return reference.channel_mlp_forward(pooled, *rest)
+def channel_mlp_forward(
+    pooled: Tensor,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The channel branch behind the pooling; see `backends.reference.channel_mlp_forward`."""
+    tensors, (hidden_norm, hidden_batch, hidden_eps, norm, batch, eps) = rest[:12], rest[12:]
+    n, c = pooled.shape
+    h = tensors[0].shape[0]
+    wide = accumulator_dtype(pooled.dtype)
+    hidden, last = (h if hidden_norm and hidden_batch else 0), (c if norm and batch else 0)
+    logits, kept, *taken = (
+        pooled.new_empty(size, dtype=wide) for size in ((n, c), (n, h), hidden, hidden, last, last)
+    )
+    _raw.channel_forward(
+        pooled, [_given(t) for t in tensors], logits, kept, taken,
+        [hidden_norm, hidden_batch, norm, batch], [hidden_eps, eps],
+    )  # fmt: skip
+    return logits, kept, *taken
 
 
-def channel_mlp_backward(dlogits: Tensor, *rest: object) -> tuple[Tensor, ...]:
+def channel_mlp_backward(
+    dlogits: Tensor, kept: Tensor, pooled: Tensor, *rest: object
+) -> tuple[Tensor, ...]:
     """Its gradients; see `backends.reference.channel_mlp_backward`."""
-    with torch.autocast("cpu", enabled=False):
-        return reference.channel_mlp_backward(dlogits, *rest)
+    (hidden_norm, hidden_batch, hidden_eps, norm, batch, eps, need_pooled) = rest[11:]
+    # The last norm's shift changes no gradient, and is not passed.
+    tensors = [_given(t) for t in (*rest[:9], None, *rest[9:11])]
+    weight0, _, weight1, _, hidden_gamma = tensors[:5]
+    gamma = tensors[8]
+    h, c = weight0.shape
+    like_hidden = weight0 if hidden_gamma.numel() == 0 else hidden_gamma
+    like = weight1 if gamma.numel() == 0 else gamma
+    grads = [
+        pooled.new_empty(pooled.shape if need_pooled else 0),
+        weight0.new_empty((h, c)),
+        weight0.new_empty(h),
+        weight1.new_empty((c, h)),
+        weight1.new_empty(c),
+        *(like_hidden.new_empty(h if hidden_norm else 0) for _ in "gb"),
+        *(like.new_empty(c if norm else 0) for _ in "gb"),
+    ]
+    _raw.channel_backward(
+        dlogits.contiguous(), kept, pooled, tensors, grads,
+        [hidden_norm, hidden_batch, norm, batch], [hidden_eps, eps],
+    )  # fmt: skip
+    return tuple(grads)
 
 
 def spatial_branch_forward(
