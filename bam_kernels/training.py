@@ -119,8 +119,8 @@ def channel_call(branch: ChannelBranch) -> ChannelCall:
 
 @dataclasses.dataclass(frozen=True)
 class SpatialCall:
-    """The arguments of ``spatial_branch`` behind the reduction (the projection's weight as in the layer
-    that has it), and the norms."""
+    """The arguments of ``spatial_branch`` behind the reduction, and the norms; the projection's
+    weight is as its layer has it."""
 
     tensors: list[Any]
     options: tuple[Any, ...]
@@ -190,7 +190,6 @@ class _Call:
         self.lengths = [
             len(t) if isinstance(t, list) else None for t in (spatial.tensors if spatial else ())
         ]
-        self.taken: list[Taken] = []
 
     def flat(self, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
         """The reduction's weight and bias, the channel branch's tensors, the spatial branch's."""
@@ -236,14 +235,17 @@ class _Refine(torch.autograd.Function):
         weight = None if flat[0] is None else flat[0].flatten(1)
         pooled, reduced = run.pool_reduce_forward(seen, weight, flat[1], call.channel is not None)
         c = s = kept = statistics = None
+        norms: list[Taken] = []
         if call.channel is not None:
             c, kept, *taken = run.channel_mlp_forward(pooled, *channel, *call.channel.options)
-            call.taken += call.channel.taken(taken, x.shape[0])
+            norms += call.channel.taken(taken, x.shape[0])
         if call.spatial is not None:
             spatial[2] = spatial[2].flatten()
             s, statistics = run.spatial_branch_forward(reduced, *spatial, *call.spatial.options)
             n, _, h, w = x.shape
-            call.taken += call.spatial.taken(statistics, n * h * w)
+            norms += call.spatial.taken(statistics, n * h * w)
+        # Here: a recomputation for a checkpoint ends where this function's tensors are saved.
+        update_running(norms, run)
         ctx.call = call
         ctx.save_for_backward(x, pooled, reduced, kept, c, s, statistics, *flat)
         ctx.set_materialize_grads(False)
@@ -386,8 +388,5 @@ def refine(
         return None
     if torch.is_autocast_enabled(x.device.type):
         with no_autocast(x):
-            out = _Refine.apply(call, x, *flat)
-    else:
-        out = _Refine.apply(call, x, *flat)
-    update_running(call.taken, call.backend)
-    return out
+            return _Refine.apply(call, x, *flat)
+    return _Refine.apply(call, x, *flat)
