@@ -219,12 +219,18 @@ template const double* pack_matrix<double>(const double*, int64_t, int64_t, int6
 template <class A>
 const A* pack_conv(const A* w, int64_t h, int64_t ld, bool gradient, bool threads, Arena& arena) {
   A* out = arena.take<A>(9 * h * ld);
-  parallel(threads, h, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      A* to = out + i * ld;
-      if (gradient) wide_kernels<A>().transpose(w + i * h * 9, 9, h, 9, to, h * ld, ld);
-      else wide_kernels<A>().transpose(w + i * 9, h * 9, h, 9, to, h * ld, ld);
+  const WideKernels<A>& k = wide_kernels<A>();
+  // A block of channels of the axis that is not transposed is whole vectors of [in][tap].
+  constexpr int64_t kBlock = 16;
+  parallel(threads, (h + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
+    const int64_t i0 = begin * kBlock, i1 = std::min(end * kBlock, h);
+    if (!gradient) {
+      k.transpose_taps(
+          w + i0 * 9, h * 9, h, (i1 - i0) * 9, out + i0 * ld, 9, h * ld, ld, ld);
+      return;
     }
+    for (int64_t o = i0; o < i1; ++o)
+      k.transpose(w + o * h * 9, 9, h, 9, out + o * ld, h * ld, ld);
   });
   if (gradient) {
     const int64_t size = h * ld;
@@ -243,10 +249,12 @@ void load_hidden(const Tensor& t, const View& v, int64_t n, A* out, int64_t ld, 
     if constexpr (std::is_same_v<AccOf<S>, A>) {
       const S* from = data<S>(t) + n * v.sample;
       if (v.channels_last) {
-        for (int64_t p = 0; p < v.p; ++p) {
-          std::memset(out + p * ld, 0, size_t(ld) * sizeof(A));
-          kernels<S>().widen(from + p * v.line, out + p * ld, v.c);
-        }
+        std::memset(out, 0, size_t(v.p * ld) * sizeof(A));
+        for (int64_t p = 0; p < v.p; ++p)
+          if constexpr (std::is_same_v<S, A>)
+            std::memcpy(out + p * ld, from + p * v.line, size_t(v.c) * sizeof(A));
+          else
+            kernels<S>().widen(from + p * v.line, out + p * ld, v.c);
         return;
       }
       const A* rows;

@@ -316,8 +316,9 @@ void input_gradient(
       const WeightGradient<S> all{
           data<S>(x), v.sample, v.line, v.n, v.p, v.channels_last, maps, ld};
       A* dw = arena.take<A>(v.c * ld);
-      // Blocks of channels, as wide as leaves eight of them.
-      const int64_t width = v.c >= 8 * kWeightChannels ? kWeightChannels : v.c >= 192 ? 24 : 12;
+      // Blocks of channels in whole tiles, one a thread or more.
+      const int64_t each = (v.c / (threads ? int64_t(torch::stable::get_num_threads()) : 1) + 12) / 12;
+      const int64_t width = std::min(each * 12, kWeightChannels);
       parallel(threads, (v.c + width - 1) / width, [&](int64_t begin, int64_t end) {
         Arena own;
         A* scratch = own.take<A>(k.weight_gradient_scratch());

@@ -103,12 +103,13 @@ void input_gradient(
   }
 }
 
-constexpr int64_t kWeightFloats = 4096;  // of dreduced at a time: 16 KiB
+// At a time: with kWeightChannels of x and dreduced of 64 channels they fit L1.
+constexpr int64_t kWeightPositions = 64;
 
-// Floats or doubles that a call of weight_gradient needs: x of a block of channels, converted.
-template <class S>
+// Floats or doubles that a call of weight_gradient needs: a block of x.
+template <class A>
 int64_t weight_gradient_scratch() {
-  return sizeof(S) == 2 ? kWeightChannels * kWeightFloats : 0;
+  return kWeightChannels * (kWeightPositions + kLanes<A>);
 }
 
 // Channels [c0, c1) of dw [C][ld], at most kWeightChannels of them, over all samples.
@@ -116,19 +117,19 @@ template <class S>
 void weight_gradient(
     const WeightGradient<S>& r, int64_t c0, int64_t c1, Acc<S>* dw, Acc<S>* scratch) {
   using A = Acc<S>;
-  const int64_t fit = kWeightFloats / r.ld, some = fit < 16 ? 16 : fit, count = c1 - c0;
+  const int64_t count = c1 - c0, some = kWeightPositions;
   for (int64_t n = 0; n < r.samples; ++n)
     for (int64_t p = 0; p < r.positions; p += some) {
       const int64_t length = r.positions - p < some ? r.positions - p : some;
       const S* x = r.x + n * r.sample + (r.channels_last ? p * r.line + c0 : c0 * r.line + p);
-      Term<A> term{nullptr, r.dreduced + (n * r.positions + p) * r.ld};
+      Term<A> term{scratch, r.dreduced + (n * r.positions + p) * r.ld};
       int64_t line = r.line;
-      if constexpr (sizeof(S) == 2) {
+      if (lines_collide<S>(r.line)) {
         const int64_t lines = r.channels_last ? length : count;
-        line = r.channels_last ? count : length;
-        for (int64_t i = 0; i < lines; ++i) widen_row<S>(x + i * r.line, scratch + i * line, line);
-        term.a = scratch;
-      } else {
+        const int64_t values = r.channels_last ? count : length;
+        line = values + kLanes<A>;
+        for (int64_t i = 0; i < lines; ++i) widen_row<S>(x + i * r.line, scratch + i * line, values);
+      } else if constexpr (sizeof(S) != 2) {
         term.a = x;
       }
       product<A>(

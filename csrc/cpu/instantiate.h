@@ -59,7 +59,7 @@ const Kernels<S>* table_of() {
   static const Kernels<S> table = {
       kLanes<Acc<S>>,     reduce_scratch<S>,        reduce<S>,
       gate<S>,            gate_gradient<S>,         gradient_scratch<Acc<S>>,
-      input_gradient<S>,  weight_gradient_scratch<S>, weight_gradient<S>,
+      input_gradient<S>,  weight_gradient_scratch<Acc<S>>, weight_gradient<S>,
       widen_all<S>,       narrow_all<S>,
   };
   return &table;
@@ -67,7 +67,7 @@ const Kernels<S>* table_of() {
 template <class A>
 const WideKernels<A>* wide_table_of() {
   static const WideKernels<A> table = {
-      kLanes<A>,         transpose<A>,        product<A>,   conv<A>,
+      kLanes<A>,         transpose<A>,  transpose_taps<A>,      product<A>,   conv<A>,
       conv_weight_gradient<A>, project<A>,    moments<A>,   activate<A>,
       project_gradient<A>, relu_gradient<A>,  norm_sums<A>, norm_gradient<A>,
       exp_negative<A>,   sigmoid_all<A>,      sigmoid_slope<A>, linear<A>,

@@ -133,6 +133,10 @@ struct WideKernels {
   void (*transpose)(
       const A* from, int64_t from_row, int64_t rows, int64_t length, A* to, int64_t to_row,
       int64_t stored);
+  // The same with k in periods: column k goes to (k / period) * far + (k % period) * near.
+  void (*transpose_taps)(
+      const A* from, int64_t from_row, int64_t rows, int64_t length, A* to, int64_t period,
+      int64_t near, int64_t far, int64_t stored);
   void (*product)(const Product<A>& product);
   // Rows [row0, row1).
   void (*conv)(const Conv<A>& conv, int64_t row0, int64_t row1);

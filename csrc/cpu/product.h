@@ -43,15 +43,19 @@ struct Scalars {
 template <int R, int V, bool DENSE, class A>
 BAM_NOINLINE void product_tile(const Product<A>& m, int64_t r0, int64_t v0) {
   constexpr int W = kLanes<A>;
-  Vec<A> t[R][V];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
+  // A small tile would wait for its own sums: it takes two or four steps of k side by side.
+  constexpr int U = R * V <= 2 ? 4 : R * V <= 5 ? 2 : 1;
+  Vec<A> t[U][R][V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) t[r][v] = zero<A>();
+  for (int u = 0; u < U; ++u)
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) t[u][r][v] = zero<A>();
   for (int64_t i = 0; i < m.count; ++i) {
     Scalars<R, DENSE, A> a(m.terms[i].a + r0 * m.row, m.row);
     const A* b = m.terms[i].b + v0 * W;
-    for (int64_t k = 0; k < m.k; ++k) {
+    auto step = [&](Vec<A> (&sums)[R][V]) {
       Vec<A> x[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) x[v] = load(b + v * W);
@@ -59,20 +63,28 @@ BAM_NOINLINE void product_tile(const Product<A>& m, int64_t r0, int64_t v0) {
       for (int r = 0; r < R; ++r) {
         Vec<A> s = splat<A>(a[r]);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) t[r][v] += s * x[v];
+        for (int v = 0; v < V; ++v) sums[r][v] += s * x[v];
       }
       a.advance(m.step);
       b += m.b_step;
-    }
+    };
+    int64_t k = 0;
+    for (; k + U <= m.k; k += U)
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) step(t[u]);
+    for (; k < m.k; ++k) step(t[0]);
   }
   A* out = m.out + r0 * m.out_row + v0 * W;
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
+      Vec<A> sum = t[0][r][v];
+#pragma GCC unroll 4
+      for (int u = 1; u < U; ++u) sum += t[u][r][v];
       A* to = out + r * m.out_row + v * W;
       // What was there is added last: sums of sums lose fewer digits than one long sum.
-      store(to, m.accumulate ? load(to) + t[r][v] : t[r][v]);
+      store(to, m.accumulate ? load(to) + sum : sum);
     }
 }
 
@@ -159,18 +171,26 @@ BAM_INLINE void transpose_16(__m512 (&r)[16]) {
 }
 #endif
 
-// to[k * to_row + r] = from[r * from_row + k] for r < rows, k < length; 0 for rows <= r < stored.
+// to[(k / period) * far + (k % period) * near + r] = from[r * from_row + k] for r < rows, k < length;
+// 0 for rows <= r < stored.
 template <class A>
-void transpose(
-    const A* from, int64_t from_row, int64_t rows, int64_t length, A* to, int64_t to_row,
-    int64_t stored) {
+void transpose_taps(
+    const A* from, int64_t from_row, int64_t rows, int64_t length, A* to, int64_t period,
+    int64_t near, int64_t far, int64_t stored) {
   constexpr int W = kLanes<A>;
   for (int64_t r = 0; r < stored; r += W) {
     const int some = int(rows - r < W ? rows - r : W), kept = int(stored - r < W ? stored - r : W);
+    A* line = to + r;  // where column k goes
+    int64_t in_period = 0;
+    auto next = [&] {
+      A* now = line;
+      line += near;
+      if (++in_period == period) in_period = 0, line += far - period * near;
+      return now;
+    };
     for (int64_t k = 0; k < length; k += W) {
       const int n = int(length - k < W ? length - k : W);
       const A* block = from + r * from_row + k;
-      A* out = to + k * to_row + r;
 #if defined(__AVX512F__)
       if constexpr (std::is_same_v<A, float>) {
         __m512 v[16];
@@ -179,18 +199,32 @@ void transpose(
           v[i] = i < some ? (__m512)load_n(block + i * from_row, n) : _mm512_setzero_ps();
         transpose_16(v);
         if (kept == W) {
-          for (int i = 0; i < n; ++i) store(out + i * to_row, (Vec<float>)v[i]);
+          for (int i = 0; i < n; ++i) store(next(), (Vec<float>)v[i]);
         } else {
-          for (int i = 0; i < n; ++i) store_n(out + i * to_row, (Vec<float>)v[i], kept);
+          for (int i = 0; i < n; ++i) store_n(next(), (Vec<float>)v[i], kept);
         }
         continue;
       }
 #endif
-      for (int i = 0; i < n; ++i)
-        for (int j = 0; j < kept; ++j)
-          out[i * to_row + j] = j < some ? block[j * from_row + i] : A(0);
+      for (int i = 0; i < n; ++i) {
+        A* out = next();
+        for (int j = 0; j < kept; ++j) out[j] = j < some ? block[j * from_row + i] : A(0);
+      }
     }
   }
+}
+template <class A>
+void transpose(
+    const A* from, int64_t from_row, int64_t rows, int64_t length, A* to, int64_t to_row,
+    int64_t stored) {
+  transpose_taps(from, from_row, rows, length, to, 1, int64_t(0), to_row, stored);
+}
+
+// Whether lines of x are to be copied side by side: converted, or because so far apart they share
+// few places of L1.
+template <class S>
+BAM_INLINE bool lines_collide(int64_t line) {
+  return sizeof(S) == 2 || line * int64_t(sizeof(S)) % 512 == 0;
 }
 
 // n values in the accumulator's type.

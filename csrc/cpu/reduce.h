@@ -9,19 +9,18 @@ namespace BAM_ISA {
 // Channels at a time: 16 KiB of a reduction to 64 stay in L1.
 constexpr int64_t kReduceChannels = 64;
 // Positions at a time: of as many channels they stay in L2, for the pooling and the product.
-constexpr int64_t kReduceRows = 448;
+constexpr int64_t kReduceRows = 464;
 constexpr int64_t kReduceColumns = 64;  // channels_last, where it is all channels of a position
 
 // Floats or doubles that a call of `reduce` needs.
 template <class S>
 int64_t reduce_scratch(int64_t C) {
-  if (sizeof(S) != 2) return kLanes<Acc<S>>;
   const int64_t rows = kReduceChannels * kReduceRows, columns = kReduceColumns * C;
   return (rows > columns ? rows : columns) + kLanes<Acc<S>>;
 }
 
-// The sum of n values; converted into `wide` as well, where that is given.
-template <class S>
+// The sum of n values; with COPY into `wide` as well, converted.
+template <bool COPY, class S>
 BAM_INLINE Acc<S> sum_row(const S* x, int64_t n, Acc<S>* wide) {
   using A = Acc<S>;
   constexpr int W = kLanes<A>;
@@ -32,13 +31,13 @@ BAM_INLINE Acc<S> sum_row(const S* x, int64_t n, Acc<S>* wide) {
     for (int j = 0; j < 4; ++j) {
       Vec<A> v = load(x + i + j * W);
       s[j] += v;
-      if (sizeof(S) == 2) store(wide + i + j * W, v);
+      if (COPY) store(wide + i + j * W, v);
     }
   for (; i < n; i += W) {
     const int left = n - i < W ? int(n - i) : W;
     Vec<A> v = left == W ? load(x + i) : load_n(x + i, left);
     s[0] += v;
-    if (sizeof(S) == 2) store_n(wide + i, v, left);
+    if (COPY) store_n(wide + i, v, left);
   }
   return sum<A>((s[0] + s[1]) + (s[2] + s[3]));
 }
@@ -46,20 +45,24 @@ BAM_INLINE Acc<S> sum_row(const S* x, int64_t n, Acc<S>* wide) {
 template <class S>
 void reduce_rows(const Reduce<S>& r, int64_t p0, int64_t p1, Acc<S>* pool, Acc<S>* scratch) {
   using A = Acc<S>;
+  const bool copy = r.hidden && lines_collide<S>(r.line);
   for (int64_t p = p0; p < p1; p += kReduceRows) {
     const int64_t n = p1 - p < kReduceRows ? p1 - p : kReduceRows;
     for (int64_t c = 0; c < r.channels; c += kReduceChannels) {
       const int64_t some = r.channels - c < kReduceChannels ? r.channels - c : kReduceChannels;
       const S* x = r.x + c * r.line + p;
       for (int64_t i = 0; i < some; ++i) {
-        if (pool) pool[c + i] += sum_row<S>(x + i * r.line, n, scratch + i * kReduceRows);
-        else if (sizeof(S) == 2) widen_row<S>(x + i * r.line, scratch + i * kReduceRows, n);
+        const S* row = x + i * r.line;
+        A* wide = scratch + i * kReduceRows;
+        if (pool) pool[c + i] += copy ? sum_row<true>(row, n, wide) : sum_row<false>(row, n, wide);
+        else if (copy) widen_row<S>(row, wide, n);
       }
       if (!r.hidden) continue;
       Term<A> term{nullptr, r.weight + c * r.ld};
       int64_t step = kReduceRows;
-      if constexpr (sizeof(S) == 2) term.a = scratch;
-      else term.a = x, step = r.line;
+      term.a = scratch;
+      if constexpr (sizeof(S) != 2)
+        if (!copy) term.a = x, step = r.line;
       product<A>(
           {n, r.ld / kLanes<A>, &term, 1, some, 1, step, r.ld, r.out + p * r.ld, r.ld, c > 0});
     }
