@@ -217,7 +217,7 @@ void run(
       const bool last = i + 1 == m.convs.size();
       const Conv<A> conv{
           maps[i % 2], maps[1 - i % 2], m.convs[i], m.conv_affines[i].scale,
-          m.conv_affines[i].shift, true, v.h, v.w, m.dilation, m.hidden, m.ld,
+          m.conv_affines[i].shift, true, nullptr, v.h, v.w, m.dilation, m.hidden, m.ld,
           last ? m.project : nullptr, s};
       parallel(threads, parts, [&](int64_t begin, int64_t end) {
         wide.conv(conv, part(begin, parts, v.h), part(end, parts, v.h));

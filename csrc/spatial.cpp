@@ -103,16 +103,18 @@ struct Branch {
   Conv<A> convolution(const A* in, A* out, const A* weight, int64_t sample) const {
     return {
         in + sample * map_size(), out ? out + sample * map_size() : nullptr, weight, nullptr,
-        nullptr, false, v.h, v.w, dilation, h, ld, nullptr, nullptr};
+        nullptr, false, nullptr, v.h, v.w, dilation, h, ld, nullptr, nullptr};
   }
 
   // One convolution of all samples, weights packed; and with `logits` [N][P] the projection of it.
+  // Where `act` is given, only where it is positive.
   void convolve(
-      const A* in, A* out, const A* weight, const A* scale, const A* shift, bool relu,
-      A* logits) const {
+      const A* in, A* out, const A* weight, const A* scale, const A* shift, bool relu, A* logits,
+      const A* act = nullptr) const {
     over_rows([&](int64_t, int64_t sample, int64_t y0, int64_t y1) {
       Conv<A> conv = convolution(in, out, weight, sample);
       conv.scale = scale, conv.shift = shift, conv.relu = relu;
+      conv.act = act ? act + sample * map_size() : nullptr;
       if (logits) conv.project = project, conv.logits = logits + sample * v.p;
       wide_kernels<A>().conv(conv, y0, y1);
     });
@@ -273,26 +275,31 @@ void forward(const Arguments& a, const Tensor& logits, const Tensor& statistics)
   }
 }
 
-// dw [h][h][9] over all samples: groups of taps and inputs, each over the samples in order.
+// dw [h][h][9]: groups of samples, each with all taps while their maps are in cache, then their sum.
 template <class A>
-void weight_gradient(const Branch<A>& b, const A* dz, const A* in, A* dw, Arena& arena) {
+void weight_gradient(const Branch<A>& b, const A* dz, const A* in, A* dw) {
   const WideKernels<A>& k = wide_kernels<A>();
-  const int64_t h = b.h, ld = b.ld;
-  A* packed = arena.zeros<A>(9 * h * ld);
-  const int64_t cuts = h >= 48 ? 4 : h >= 24 ? 2 : 1;
-  parallel(b.threads, 9 * cuts, [&](int64_t begin, int64_t end) {
+  const int64_t h = b.h, ld = b.ld, size = 9 * h * ld;
+  const int64_t groups = std::min<int64_t>(b.v.n, 4), cuts = h >= 24 ? 4 : 1;
+  Arena arena;
+  A* sums = arena.zeros<A>(groups * size);
+  parallel(b.threads, groups * cuts, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t tap = item / cuts, i0 = part(item % cuts, cuts, h);
-      const int64_t i1 = part(item % cuts + 1, cuts, h);
-      for (int64_t s = 0; s < b.v.n; ++s)
+      const int64_t group = item / cuts, cut = item % cuts;
+      for (int64_t s = part(group, groups, b.v.n); s < part(group + 1, groups, b.v.n); ++s)
         k.conv_weight_gradient(
-            b.convolution(in, nullptr, nullptr, s), dz + s * b.map_size(), tap, tap + 1, i0, i1,
-            packed);
+            b.convolution(in, nullptr, nullptr, s), dz + s * b.map_size(), part(cut, cuts, h),
+            part(cut + 1, cuts, h), sums + group * size);
     }
   });
   parallel(b.threads, h, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      k.transpose(packed + i * ld, h * ld, 9, h, dw + i * 9, h * 9, 9);
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t group = 1; group < groups; ++group)
+        for (int64_t tap = 0; tap < 9; ++tap)
+          for (int64_t j = 0; j < ld; ++j)
+            sums[(tap * h + i) * ld + j] += sums[group * size + (tap * h + i) * ld + j];
+      k.transpose(sums + i * ld, h * ld, 9, h, dw + i * 9, h * 9, 9);
+    }
   });
 }
 
@@ -323,12 +330,14 @@ void backward(
   for (size_t i = 0; i <= count; ++i) {
     act[i] = b.maps(arena);
     z[i] = normed ? b.maps(arena) : act[i];
-    if (i == 0) b.load(a.reduced, z[0]);
-    else
-      b.convolve(
-          act[i - 1], z[i], pack_conv(b.weights[i - 1], h, ld, false, b.threads, arena), nullptr,
-          b.biases[i - 1], false, nullptr);
-    b.activate(z[i], act[i], normed ? &b.hidden[i] : nullptr);
+    if (i == 0) {
+      b.load(a.reduced, z[0]);
+      b.activate(z[0], act[0], normed ? &b.hidden[0] : nullptr);
+      continue;
+    }
+    const A* weight = pack_conv(b.weights[i - 1], h, ld, false, b.threads, arena);
+    b.convolve(act[i - 1], z[i], weight, nullptr, b.biases[i - 1], !normed, nullptr);
+    if (normed) b.activate(z[i], act[i], &b.hidden[i]);
   }
 
   // Through the last norm, to the gradient of the projection's output.
@@ -400,7 +409,7 @@ void backward(
     through_norm(i + 1);
     if (need_weights) {
       A* out = flat + int64_t(i) * length;
-      weight_gradient(b, du, act[i], out, arena);
+      weight_gradient(b, du, act[i], out);
       b.over_positions([&](int64_t item, int64_t at, int64_t n) {
         k.moments(du + at, n, ld, nullptr, partial + item * ld);
       });
@@ -409,11 +418,8 @@ void backward(
     }
     if (i == 0 && !need_first) break;
     const A* weight = pack_conv(b.weights[i], h, ld, true, b.threads, arena);
-    b.convolve(du, next, weight, nullptr, nullptr, false, nullptr);
+    b.convolve(du, next, weight, nullptr, nullptr, false, nullptr, act[i]);
     std::swap(du, next);
-    b.over_positions([&](int64_t, int64_t at, int64_t n) {
-      k.relu_gradient(du + at, act[i] + at, n, ld);
-    });
   }
   if (need_first) through_norm(0);
   if (need_weights && count) write_values<A>(flat, dconvolutions, int64_t(count) * length);

@@ -34,21 +34,20 @@ void conv(const Conv<A>& c, int64_t row0, int64_t row1) {
           {x1 - x0, ld / kLanes<A>, terms, count, c.hidden, ld, 1, ld, line + x0 * ld, ld, false});
     });
     if (c.scale || c.shift || c.relu) affine(line, line, width, ld, c.scale, c.shift, c.relu);
+    if (c.act) relu_gradient(line, c.act + y * width * ld, width, ld);
     if (c.project) project(line, width, ld, c.hidden, c.project, c.logits + y * width);
   }
 }
 
-// dw [9][hidden][ld] += sum over rows [row0, row1) of in, shifted by tap, times dz; of taps
-// [tap0, tap1) and inputs [i0, i1).
+// dw [9][hidden][ld] += sum over positions of in, shifted by tap, times dz; of inputs [i0, i1).
 template <class A>
-void conv_weight_gradient(
-    const Conv<A>& c, const A* dz, int64_t tap0, int64_t tap1, int64_t i0, int64_t i1, A* dw) {
+void conv_weight_gradient(const Conv<A>& c, const A* dz, int64_t i0, int64_t i1, A* dw) {
   const int64_t width = c.width, ld = c.ld;
   constexpr int64_t kTerms = 16;
   const int64_t fit = 4096 / (width * ld);  // so many rows of dz are 16 KiB of floats
   const int64_t rows = fit < 1 ? 1 : fit < kTerms ? fit : kTerms;
   for (int64_t block = 0; block < c.height; block += rows)
-    for (int64_t tap = tap0; tap < tap1; ++tap) {
+    for (int64_t tap = 0; tap < 9; ++tap) {
       const int64_t down = (tap / 3 - 1) * c.dilation, shift = (tap % 3 - 1) * c.dilation;
       const int64_t x0 = shift < 0 ? -shift : 0, x1 = shift > 0 ? width - shift : width;
       if (x0 >= x1) continue;

@@ -46,8 +46,8 @@ struct Reduce {
   bool relu;
 };
 
-// A dilated 3x3 convolution of one sample, y = relu?(conv * scale + shift), and where `project` is
-// given, logits = project . y.
+// A dilated 3x3 convolution of one sample, y = relu?(conv * scale + shift), zero where `act`, if
+// given, is not positive; and where `project` is given, logits = project . y.
 template <class A>
 struct Conv {
   const A* in;
@@ -55,6 +55,7 @@ struct Conv {
   const A* weight;  // [9][hidden in][ld]
   const A *scale, *shift;  // or null
   bool relu;
+  const A* act;
   int64_t height, width, dilation, hidden, ld;
   const A* project;  // or null
   A* logits;
@@ -140,10 +141,9 @@ struct WideKernels {
   void (*product)(const Product<A>& product);
   // Rows [row0, row1).
   void (*conv)(const Conv<A>& conv, int64_t row0, int64_t row1);
-  // dw [9][hidden in][ld] += sum over positions of in, shifted by tap, times dz; of taps [tap0, tap1)
-  // and inputs [i0, i1). Of `conv` the map and its sizes count.
-  void (*conv_weight_gradient)(
-      const Conv<A>& conv, const A* dz, int64_t tap0, int64_t tap1, int64_t i0, int64_t i1, A* dw);
+  // dw [9][hidden in][ld] += sum over positions of in, shifted by tap, times dz; of inputs [i0, i1).
+  // Of `conv` the map and its sizes count.
+  void (*conv_weight_gradient)(const Conv<A>& conv, const A* dz, int64_t i0, int64_t i1, A* dw);
   void (*project)(const A* a, int64_t n, int64_t ld, int64_t h, const A* weight, A* logits);
   // Of hidden maps of n positions: out = sum of z, or of (z - mean)^2 where mean is given.
   void (*moments)(const A* z, int64_t n, int64_t ld, const A* mean, A* out);
@@ -152,7 +152,6 @@ struct WideKernels {
   // du = weight dq where act > 0; dweight = sum of dq act. dq is by position.
   void (*project_gradient)(
       const A* dq, const A* act, int64_t n, int64_t ld, const A* weight, A* du, A* dweight);
-  void (*relu_gradient)(A* du, const A* act, int64_t n, int64_t ld);
   // sums = sum of du, products = sum of du (z - mean) rstd
   void (*norm_sums)(
       const A* du, const A* z, int64_t n, int64_t ld, const A* mean, const A* rstd, A* sums,
