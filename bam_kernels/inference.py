@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bam_kernels.backends import ABSENT
 from bam_kernels.config import COMBINE_MODES
 from bam_kernels.dispatch import DTYPES, choose_backend
 from bam_kernels.fusable import has_hooks, unfusable
@@ -18,7 +19,6 @@ from bam_kernels.reference import ChannelBranch, SpatialBranch
 Arguments = tuple[list[Tensor], list[int], list[float]]
 """(parameters, options, eps), as the operator `bam` takes them."""
 
-_ABSENT = torch.empty(0)
 _MODES = {name: i for i, name in enumerate(COMBINE_MODES)}
 
 
@@ -150,7 +150,7 @@ def _layer(module: nn.Module, kind: type[nn.Module], params: list[Tensor]) -> Te
         raise _NotPlainError
     parameters = module._parameters
     weight, bias = parameters["weight"], parameters["bias"]
-    params += (weight, _ABSENT if bias is None else bias)
+    params += (weight, ABSENT if bias is None else bias)
     return weight
 
 
@@ -171,8 +171,8 @@ def _norm(
         raise _NotPlainError
     gamma, beta = parameters["weight"], parameters["bias"]
     params += (
-        _ABSENT if gamma is None else gamma,
-        _ABSENT if beta is None else beta,
+        ABSENT if gamma is None else gamma,
+        ABSENT if beta is None else beta,
         mean,
         variance,
     )

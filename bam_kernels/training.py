@@ -318,9 +318,13 @@ def _gradients(
     for grads in spatial_grads:
         found += grads if isinstance(grads, list) else [grads]
     return [
-        grad.reshape(t.shape).to(t.dtype) if need else None
+        None if not need else grad if _fits(grad, t) else grad.reshape(t.shape).to(t.dtype)
         for grad, need, t in zip(found, needs, [x, *flat], strict=True)
     ]
+
+
+def _fits(grad: Tensor, t: Tensor) -> bool:
+    return grad.shape == t.shape and grad.dtype == t.dtype
 
 
 def _spatial_gradients(

@@ -133,12 +133,13 @@ Module<S> read_module(
     STD_TORCH_CHECK(h >= 1, "options: expected a hidden width of at least 1, got ", h);
     const int64_t ld = m.ld = whole_vectors(h, kernels<S>().lanes);
     m.reduce = required<A>(r.next(), "spatial.reduce", {h, v.c}, arena);
-    m.reduce = pack_matrix(m.reduce, h, v.c, ld, threads, arena);
+    Packer<A> packer(arena);
+    m.reduce = packer.matrix(m.reduce, h, v.c, ld);
     const A* bias = values<A>(r.next(), "spatial.reduce's bias", {h}, arena);
     m.reduce_affine = read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, ld, arena);
     for (int64_t i = 0; i < convolutions; ++i) {
       const A* weight = required<A>(r.next(), "spatial.dilated", {h, h, 3, 3}, arena);
-      m.convs.push_back(pack_conv(weight, h, ld, false, threads, arena));
+      m.convs.push_back(packer.conv(weight, h, ld));
       bias = values<A>(r.next(), "spatial.dilated's bias", {h}, arena);
       m.conv_affines.push_back(
           read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, ld, arena));
@@ -149,6 +150,7 @@ Module<S> read_module(
         read_norm<A>(r, "spatial's last norm", spatial_final, bias, 1, 1, arena);
     m.final_scale = last.scale ? *last.scale : A(1);
     m.final_shift = last.shift ? *last.shift : A(0);
+    packer.run(threads);
   }
   r.finish();
   return m;
@@ -183,47 +185,41 @@ void run(
           scratch);
   });
 
-  // Channel logits.
-  A* c = nullptr;
+  // The branches' layers side by side: of each layer every thread does its part.
+  A *c = nullptr, *next_c = nullptr, *s = nullptr;
   if (m.has_channel) {
-    A* rooms[2] = {arena.take<A>(std::max(v.c, m.widest)), arena.take<A>(std::max(v.c, m.widest))};
+    c = arena.take<A>(std::max(v.c, m.widest));
+    next_c = arena.take<A>(std::max(v.c, m.widest));
     for (int64_t i = 0; i < v.c; ++i) {
       A total = 0;
       for (int64_t part = 0; part < parts; ++part) total += pool[part * v.c + i];
-      rooms[0][i] = total / A(v.p);
+      c[i] = total / A(v.p);
     }
-    int64_t at = 0;
-    for (const Linear<A>& layer : m.mlp) {
-      const bool split = threads && layer.outs * layer.ins >= kSerial;
-      parallel(split, split ? parts : 1, [&](int64_t begin, int64_t end) {
-        const int64_t o0 = part(begin, split ? parts : 1, layer.outs);
-        const int64_t o1 = part(end, split ? parts : 1, layer.outs);
-        const Affine<A>& f = layer.affine;
-        wide.linear(
-            layer.weight + o0 * layer.ins, rooms[at], o1 - o0, layer.ins,
-            f.scale ? f.scale + o0 : nullptr, f.shift ? f.shift + o0 : nullptr,
-            &layer != &m.mlp.back(), rooms[1 - at] + o0);
-      });
-      at = 1 - at;
-    }
-    c = rooms[at];
   }
-
-  // Spatial logits.
-  A* s = nullptr;
-  if (m.has_spatial) {
-    s = arena.take<A>(v.p);
-    for (size_t i = 0; i < m.convs.size(); ++i) {
-      const bool last = i + 1 == m.convs.size();
-      const Conv<A> conv{
-          maps[i % 2], maps[1 - i % 2], m.convs[i], m.conv_affines[i].scale,
-          m.conv_affines[i].shift, true, nullptr, v.h, v.w, m.dilation, m.hidden, m.ld,
-          last ? m.project : nullptr, s};
-      parallel(threads, parts, [&](int64_t begin, int64_t end) {
+  if (m.has_spatial) s = arena.take<A>(v.p);
+  const size_t linears = m.mlp.size(), convs = m.convs.size();
+  for (size_t i = 0; i < std::max(linears, convs); ++i) {
+    parallel(threads, parts, [&](int64_t begin, int64_t end) {
+      if (i < linears) {
+        const Linear<A>& layer = m.mlp[i];
+        const int64_t o0 = part(begin, parts, layer.outs), o1 = part(end, parts, layer.outs);
+        const A *scale = layer.affine.scale, *shift = layer.affine.shift;
+        wide.linear(
+            layer.weight + o0 * layer.ins, c, o1 - o0, layer.ins, scale ? scale + o0 : nullptr,
+            shift ? shift + o0 : nullptr, i + 1 < linears, next_c + o0);
+      }
+      if (i < convs) {
+        const Conv<A> conv{
+            maps[i % 2], maps[1 - i % 2], m.convs[i], m.conv_affines[i].scale,
+            m.conv_affines[i].shift, true, nullptr, v.h, v.w, m.dilation, m.hidden, m.ld,
+            i + 1 == convs ? m.project : nullptr, s};
         wide.conv(conv, part(begin, parts, v.h), part(end, parts, v.h));
-      });
-    }
-    if (m.convs.empty()) wide.project(maps[0], v.p, m.ld, m.hidden, m.project, s);
+      }
+    });
+    if (i < linears) std::swap(c, next_c);
+  }
+  if (m.has_spatial) {
+    if (convs == 0) wide.project(maps[0], v.p, m.ld, m.hidden, m.project, s);
     for (int64_t p = 0; p < v.p; ++p) s[p] = s[p] * m.final_scale + m.final_shift;
   }
 

@@ -204,43 +204,46 @@ template const float* padded<float>(const float*, int64_t, int64_t, Arena&);
 template const double* padded<double>(const double*, int64_t, int64_t, Arena&);
 
 template <class A>
-const A* pack_matrix(const A* w, int64_t rows, int64_t k, int64_t ld, bool threads, Arena& arena) {
-  A* out = arena.take<A>(k * ld);
+const A* Packer<A>::matrix(const A* w, int64_t rows, int64_t k, int64_t ld) {
   constexpr int64_t kBlock = 128;
-  parallel(threads, (k + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
-    const int64_t k0 = begin * kBlock, k1 = std::min(end * kBlock, k);
-    wide_kernels<A>().transpose(w + k0, k, rows, k1 - k0, out + k0 * ld, ld, ld);
-  });
+  A* out = arena_.take<A>(k * ld);
+  for (int64_t i = 0; i < k; i += kBlock)
+    pieces_.push_back({Kind::matrix, w, out, i, std::min(i + kBlock, k), rows, k, ld});
   return out;
 }
-template const float* pack_matrix<float>(const float*, int64_t, int64_t, int64_t, bool, Arena&);
-template const double* pack_matrix<double>(const double*, int64_t, int64_t, int64_t, bool, Arena&);
 
 template <class A>
-const A* pack_conv(const A* w, int64_t h, int64_t ld, bool gradient, bool threads, Arena& arena) {
-  A* out = arena.take<A>(9 * h * ld);
-  const WideKernels<A>& k = wide_kernels<A>();
-  // A block of channels of the axis that is not transposed is whole vectors of [in][tap].
-  constexpr int64_t kBlock = 16;
-  parallel(threads, (h + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
-    const int64_t i0 = begin * kBlock, i1 = std::min(end * kBlock, h);
-    if (!gradient) {
-      k.transpose_taps(
-          w + i0 * 9, h * 9, h, (i1 - i0) * 9, out + i0 * ld, 9, h * ld, ld, ld);
-      return;
-    }
-    for (int64_t o = i0; o < i1; ++o)
-      k.transpose(w + o * h * 9, 9, h, 9, out + o * ld, h * ld, ld);
-  });
-  if (gradient) {
-    const int64_t size = h * ld;
-    for (int64_t tap = 0; tap < 4; ++tap)
-      std::swap_ranges(out + tap * size, out + (tap + 1) * size, out + (8 - tap) * size);
-  }
+const A* Packer<A>::conv(const A* w, int64_t h, int64_t ld, bool gradient) {
+  constexpr int64_t kBlock = 16;  // channels whose taps are whole vectors
+  A* out = arena_.take<A>(9 * h * ld);
+  const Kind kind = gradient ? Kind::gradient : Kind::conv;
+  for (int64_t i = 0; i < h; i += kBlock)
+    pieces_.push_back({kind, w, out, i, std::min(i + kBlock, h), h, 9 * h, ld});
   return out;
 }
-template const float* pack_conv<float>(const float*, int64_t, int64_t, bool, bool, Arena&);
-template const double* pack_conv<double>(const double*, int64_t, int64_t, bool, bool, Arena&);
+
+template <class A>
+void Packer<A>::run(bool threads) {
+  const WideKernels<A>& k = wide_kernels<A>();
+  parallel(threads, int64_t(pieces_.size()), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Piece& p = pieces_[size_t(i)];
+      const int64_t count = p.end - p.begin, tap = p.rows * p.ld;
+      if (p.kind == Kind::matrix) {
+        k.transpose(p.from + p.begin, p.k, p.rows, count, p.to + p.begin * p.ld, p.ld, p.ld);
+      } else if (p.kind == Kind::conv) {
+        k.transpose_taps(
+            p.from + p.begin * 9, p.k, p.rows, count * 9, p.to + p.begin * p.ld, 9, tap, p.ld, p.ld);
+      } else {
+        for (int64_t o = p.begin; o < p.end; ++o)  // the last tap first
+          k.transpose(p.from + o * p.k, 9, p.rows, 9, p.to + 8 * tap + o * p.ld, -tap, p.ld);
+      }
+    }
+  });
+  pieces_.clear();
+}
+template class Packer<float>;
+template class Packer<double>;
 
 template <class A>
 void load_hidden(const Tensor& t, const View& v, int64_t n, A* out, int64_t ld, Arena& arena) {

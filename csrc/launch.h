@@ -129,15 +129,29 @@ struct Affine {
 template <class A>
 const A* padded(const A* v, int64_t n, int64_t ld, Arena& arena);
 
-// w [rows][k] as [k][ld].
+// Weights as the kernels take them: room is given at once, and all are written by `run`, together.
 template <class A>
-const A* pack_matrix(
-    const A* w, int64_t rows, int64_t k, int64_t ld, bool threads, Arena& arena);
+class Packer {
+ public:
+  explicit Packer(Arena& arena) : arena_(arena) {}
+  // w [rows][k] as [k][ld].
+  const A* matrix(const A* w, int64_t rows, int64_t k, int64_t ld);
+  // The weight [h out][h in][9] of a convolution as [9][h in][ld out]; of its gradient's, the taps
+  // turned round, as [9][h out][ld in].
+  const A* conv(const A* w, int64_t h, int64_t ld, bool gradient = false);
+  void run(bool threads);
 
-// The weight [h out][h in][9] of a convolution as [9][h in][ld out]; of its gradient's, the taps
-// turned round, as [9][h out][ld in].
-template <class A>
-const A* pack_conv(const A* w, int64_t h, int64_t ld, bool gradient, bool threads, Arena& arena);
+ private:
+  enum class Kind { matrix, conv, gradient };
+  struct Piece {
+    Kind kind;
+    const A* from;
+    A* to;
+    int64_t begin, end, rows, k, ld;  // of k, or of channels
+  };
+  Arena& arena_;
+  std::vector<Piece> pieces_;
+};
 
 // One sample of a small map as a hidden map [P][ld], and back.
 template <class A>

@@ -36,7 +36,8 @@ struct Branch {
   int64_t h, ld, dilation;
   int64_t parts;  // of each sample
   bool threads;
-  std::vector<const A*> weights, biases;  // the weights as they came, the biases padded
+  std::vector<const A*> weights, biases;  // packed, padded
+  std::vector<const A*> gradient_weights;  // packed for the gradient, where that is asked for
   const A *project, *project_bias;
   std::vector<Norm<A>> hidden;  // none, or one in front of each convolution and of the projection
   bool has_final;
@@ -148,7 +149,7 @@ struct Arguments {
 };
 
 template <class A>
-Branch<A> read_branch(const Arguments& a, Arena& arena) {
+Branch<A> read_branch(const Arguments& a, bool gradient, Arena& arena) {
   Branch<A> b;
   b.v = view_of(a.reduced, "reduced");
   const int64_t h = b.h = b.v.c;
@@ -170,13 +171,16 @@ Branch<A> read_branch(const Arguments& a, Arena& arena) {
   b.dilation = a.dilation;
   b.parts = b.v.n >= 8 ? 1 : (8 + b.v.n - 1) / b.v.n;
   b.threads = torch::stable::get_num_threads() > 1 && b.v.n * h * b.v.p >= 4096;
+  Packer<A> packer(arena);
   for (size_t i = 0; i < count; ++i) {
     const A* weight = values<A>(a.weights[i], "weights", {h, h, 3, 3}, arena);
     STD_TORCH_CHECK(weight, "weights: expected shape [", h, ", ", h, ", 3, 3], got none");
-    b.weights.push_back(weight);
+    b.weights.push_back(packer.conv(weight, h, b.ld));
+    if (gradient) b.gradient_weights.push_back(packer.conv(weight, h, b.ld, true));
     const A* bias = a.biases.empty() ? nullptr : values<A>(a.biases[i], "biases", {h}, arena);
     b.biases.push_back(padded(bias, h, b.ld, arena));
   }
+  packer.run(b.threads);
   b.project = values<A>(a.project_weight, "project_weight", {h}, arena);
   STD_TORCH_CHECK(b.project, "project_weight: expected shape [", h, "], got none");
   b.project = padded(b.project, h, b.ld, arena);
@@ -224,7 +228,7 @@ void scalar_statistics(const A* x, int64_t n, A* mean, A* variance) {
 template <class A>
 void forward(const Arguments& a, const Tensor& logits, const Tensor& statistics) {
   Arena arena;
-  Branch<A> b = read_branch<A>(a, arena);
+  Branch<A> b = read_branch<A>(a, false, arena);
   const size_t count = b.weights.size();
   A* taken = mutable_data<A>(statistics);
   auto room = [&](const Norm<A>& norm, int64_t width) {
@@ -243,7 +247,7 @@ void forward(const Arguments& a, const Tensor& logits, const Tensor& statistics)
     A *from = maps[i % 2], *to = maps[1 - i % 2];
     A* projected = i + 1 == count ? out : nullptr;
     Norm<A>* norm = b.hidden.empty() ? nullptr : &b.hidden[i + 1];
-    const A* weight = pack_conv(b.weights[i], b.h, b.ld, false, b.threads, arena);
+    const A* weight = b.weights[i];
     if (norm && norm->batch) {
       b.convolve(from, to, weight, nullptr, b.biases[i], false, nullptr);
       b.take_statistics(to, *norm, room(*norm, b.h), arena);
@@ -308,7 +312,7 @@ void backward(
     const Arguments& a, const Tensor& dlogits, const Tensor& statistics, const Tensor& dreduced,
     const Tensor& dconvolutions, const Tensor& dprojection, const Tensor& dnorms) {
   Arena arena;
-  Branch<A> b = read_branch<A>(a, arena);
+  Branch<A> b = read_branch<A>(a, true, arena);
   const WideKernels<A>& k = wide_kernels<A>();
   const size_t count = b.weights.size();
   const int64_t h = b.h, n = b.v.n, total = b.positions();
@@ -335,8 +339,7 @@ void backward(
       b.activate(z[0], act[0], normed ? &b.hidden[0] : nullptr);
       continue;
     }
-    const A* weight = pack_conv(b.weights[i - 1], h, ld, false, b.threads, arena);
-    b.convolve(act[i - 1], z[i], weight, nullptr, b.biases[i - 1], !normed, nullptr);
+    b.convolve(act[i - 1], z[i], b.weights[i - 1], nullptr, b.biases[i - 1], !normed, nullptr);
     if (normed) b.activate(z[i], act[i], &b.hidden[i]);
   }
 
@@ -417,8 +420,7 @@ void backward(
       std::copy(sums, sums + h, out + h * h * 9);
     }
     if (i == 0 && !need_first) break;
-    const A* weight = pack_conv(b.weights[i], h, ld, true, b.threads, arena);
-    b.convolve(du, next, weight, nullptr, nullptr, false, nullptr, act[i]);
+    b.convolve(du, next, b.gradient_weights[i], nullptr, nullptr, false, nullptr, act[i]);
     std::swap(du, next);
   }
   if (need_first) through_norm(0);

@@ -97,7 +97,9 @@ void pool_reduce(Tensor x, Tensor weight, Tensor bias, Tensor pooled, Tensor red
     const A* b = h ? values<A>(bias, "bias", {h}, arena) : nullptr;
     const bool threads = threaded(v);
     const int64_t parts = parts_of(v.n), ld = whole_vectors(h, k.lanes);
-    if (h) w = pack_matrix(w, h, v.c, ld, threads, arena), b = padded(b, h, ld, arena);
+    Packer<A> packer(arena);
+    if (h) w = packer.matrix(w, h, v.c, ld), b = padded(b, h, ld, arena);
+    packer.run(threads);
     A* sums = pool ? arena.zeros<A>(v.n * parts * v.c) : nullptr;
     parallel(threads, v.n * parts, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -290,7 +292,9 @@ void input_gradient(
           wide.transpose(maps + n * size, ld, v.p, h, planes + n * h * line, line, line);
       }
     });
-    if (w) w = v.channels_last ? panels(w, h, v.c, arena) : pack_matrix(w, h, v.c, h, threads, arena);
+    Packer<A> packer(arena);
+    if (w) w = v.channels_last ? panels(w, h, v.c, arena) : packer.matrix(w, h, v.c, h);
+    packer.run(threads);
     const int64_t parts = parts_of(v.n);
     parallel(threads, has_dx ? v.n * parts : 0, [&](int64_t begin, int64_t end) {
       Arena own;

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bam_kernels import layout
-from bam_kernels.backends import cpp_library, reference
+from bam_kernels.backends import ABSENT, cpp_library, reference
 from bam_kernels.backends.reference import (
     accumulator_dtype,
     norm_widths,
@@ -32,12 +32,11 @@ __all__ = [
 
 cpp_library.load()
 _raw = torch.ops.bam_kernels_cpp
-_ABSENT = torch.empty(0)
 _MODES = {name: i for i, name in enumerate(COMBINE_MODES)}
 
 
 def _given(t: Tensor | None) -> Tensor:
-    return _ABSENT if t is None else t
+    return ABSENT if t is None else t
 
 
 def bam_forward(x: Tensor, params: list[Tensor], options: list[int], eps: list[float]) -> Tensor:
@@ -116,7 +115,7 @@ def input_gradient(
     if dreduced is not None:
         dreduced = layout.walkable(dreduced)
     _raw.input_gradient(
-        _ABSENT if dout is None else layout.like(dout, x),
+        ABSENT if dout is None else layout.like(dout, x),
         x,
         _given(channel),
         _given(spatial),
