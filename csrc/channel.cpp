@@ -81,12 +81,12 @@ void norm_gradient(
       products += double(dy[at]) * double((y[at] - norm.mean[j]) * norm.rstd[j]);
     }
     dgamma[j] = A(products), dbeta[j] = A(sums);
-    const A mean_gradient = norm.batch ? A(sums / double(n)) : A(0);
-    const A mean_product = norm.batch ? A(products / double(n)) : A(0);
+    const A mean_gradient = A(sums / double(n)), mean_product = A(products / double(n));
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = i * width + j;
-      const A x = (y[at] - norm.mean[j]) * norm.rstd[j];
-      dy[at] = norm.scale[j] * (dy[at] - mean_gradient - x * mean_product);
+      A grad = dy[at];  // through known statistics nothing flows: not 0 * infinity
+      if (norm.batch) grad -= mean_gradient + (y[at] - norm.mean[j]) * norm.rstd[j] * mean_product;
+      dy[at] = norm.scale[j] * grad;
     }
   }
 }
@@ -268,7 +268,7 @@ void backward(
     multiply(m.threads, n, c, dout, c, 1, padded_rows(m.w1, c, h, m.ld, arena), m.ld, wide);
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < h; ++j)
-        dy[i * h + j] = active[i * h + j] > A(0) ? wide[i * m.ld + j] : A(0);
+        dy[i * h + j] = active[i * h + j] <= A(0) ? A(0) : wide[i * m.ld + j];
   }
   A* dw1 = arena.take<A>(c * m.ld);
   multiply(m.threads, c, n, dout, 1, c, padded_rows(active, n, h, m.ld, arena), m.ld, dw1);

@@ -108,7 +108,7 @@ struct Branch {
   }
 
   // One convolution of all samples, weights packed; and with `logits` [N][P] the projection of it.
-  // Where `act` is given, only where it is positive.
+  // Where `act` is given, 0 where that is not above 0.
   void convolve(
       const A* in, A* out, const A* weight, const A* scale, const A* shift, bool relu, A* logits,
       const A* act = nullptr) const {
@@ -360,10 +360,12 @@ void backward(
       products += double(dl[i]) * double((q[i] - mean) * rstd);
     }
     final_out[0] = A(products), final_out[1] = A(sums);
-    const A mean_grad = b.final.batch ? A(sums / double(total)) : A(0);
-    const A mean_product = b.final.batch ? A(products / double(total)) : A(0);
-    for (int64_t i = 0; i < total; ++i)
-      dq[i] = scale * (dl[i] - mean_grad - (q[i] - mean) * rstd * mean_product);
+    const A mean_grad = A(sums / double(total)), mean_product = A(products / double(total));
+    for (int64_t i = 0; i < total; ++i) {
+      A grad = dl[i];  // through known statistics nothing flows: not 0 * infinity
+      if (b.final.batch) grad -= mean_grad + (q[i] - mean) * rstd * mean_product;
+      dq[i] = scale * grad;
+    }
   } else {
     std::copy(dl, dl + total, dq);
   }
@@ -397,10 +399,11 @@ void backward(
     A* out = norms_out + 2 * h * int64_t(i);  // gamma's, then beta's
     std::copy(sums + ld, sums + ld + h, out);
     std::copy(sums, sums + h, out + h);
-    for (int64_t j = 0; j < 2 * ld; ++j) sums[j] = norm.batch ? sums[j] / A(total) : A(0);
+    for (int64_t j = 0; j < 2 * ld; ++j) sums[j] /= A(total);
     b.over_positions([&](int64_t, int64_t at, int64_t n) {
       k.norm_gradient(
-          du + at, z[i] + at, n, ld, norm.mean, norm.rstd, norm.scale, sums, sums + ld);
+          du + at, z[i] + at, n, ld, norm.mean, norm.rstd, norm.scale,
+          norm.batch ? sums : nullptr, norm.batch ? sums + ld : nullptr);
     });
   };
 

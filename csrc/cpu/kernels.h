@@ -47,7 +47,7 @@ struct Reduce {
 };
 
 // A dilated 3x3 convolution of one sample, y = relu?(conv * scale + shift), zero where `act`, if
-// given, is not positive; and where `project` is given, logits = project . y.
+// given, is not above 0; and where `project` is given, logits = project . y.
 template <class A>
 struct Conv {
   const A* in;
@@ -149,14 +149,14 @@ struct WideKernels {
   void (*moments)(const A* z, int64_t n, int64_t ld, const A* mean, A* out);
   // a = relu(z * scale + shift)
   void (*activate)(const A* z, A* a, int64_t n, int64_t ld, const A* scale, const A* shift);
-  // du = weight dq where act > 0; dweight = sum of dq act. dq is by position.
+  // du = weight dq, 0 where act <= 0; dweight = sum of dq act. dq is by position.
   void (*project_gradient)(
       const A* dq, const A* act, int64_t n, int64_t ld, const A* weight, A* du, A* dweight);
   // sums = sum of du, products = sum of du (z - mean) rstd
   void (*norm_sums)(
       const A* du, const A* z, int64_t n, int64_t ld, const A* mean, const A* rstd, A* sums,
       A* products);
-  // du = scale (du - mean_gradient - (z - mean) rstd mean_product)
+  // du = scale (du - mean_gradient - (z - mean) rstd mean_product), the last two given or not
   void (*norm_gradient)(
       A* du, const A* z, int64_t n, int64_t ld, const A* mean, const A* rstd, const A* scale,
       const A* mean_gradient, const A* mean_product);

@@ -73,12 +73,18 @@ void moments(const A* z, int64_t n, int64_t ld, const A* mean, A* out) {
     sum_positions<A>(n, ld, out, [&](int64_t p, int64_t v) { return load(z + p * ld + v); });
 }
 
+// As torch's threshold_backward: where the output is NaN the gradient passes.
+template <class A>
+BAM_INLINE Vec<A> through_relu(Vec<A> grad, Vec<A> out) {
+  return (out <= zero<A>()) ? zero<A>() : grad;
+}
+
 template <class A>
 void project_gradient(
     const A* dq, const A* act, int64_t n, int64_t ld, const A* weight, A* du, A* dweight) {
   sum_positions<A>(n, ld, dweight, [&](int64_t p, int64_t v) {
     const Vec<A> grad = splat<A>(dq[p]), value = load(act + p * ld + v);
-    store(du + p * ld + v, (value > zero<A>()) ? load(weight + v) * grad : zero<A>());
+    store(du + p * ld + v, through_relu<A>(load(weight + v) * grad, value));
     return grad * value;
   });
 }
@@ -86,7 +92,7 @@ void project_gradient(
 template <class A>
 void relu_gradient(A* du, const A* act, int64_t n, int64_t ld) {
   for (int64_t i = 0; i < n * ld; i += kLanes<A>)
-    store(du + i, (load(act + i) > zero<A>()) ? load(du + i) : zero<A>());
+    store(du + i, through_relu<A>(load(du + i), load(act + i)));
 }
 
 template <class A>
@@ -107,8 +113,11 @@ void norm_gradient(
   for (int64_t p = 0; p < n; ++p)
     for (int64_t v = 0; v < ld; v += kLanes<A>) {
       const int64_t at = p * ld + v;
-      Vec<A> x = (load(z + at) - load(mean + v)) * load(rstd + v);
-      Vec<A> grad = load(du + at) - load(mean_gradient + v) - x * load(mean_product + v);
+      Vec<A> grad = load(du + at);
+      if (mean_gradient) {  // else known statistics, through which nothing flows: not 0 * infinity
+        Vec<A> x = (load(z + at) - load(mean + v)) * load(rstd + v);
+        grad = grad - load(mean_gradient + v) - x * load(mean_product + v);
+      }
       store(du + at, grad * load(scale + v));
     }
 }
