@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bam_kernels.dispatch import why_not
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -19,6 +21,8 @@ def test_python_blocks_run(large_tiles, seed):
     assert len(blocks) >= 3
     namespace: dict[str, object] = {}
     for block in blocks:
+        if 'use_backend("cpp")' in block and why_not("cpp", "cpu") is not None:
+            continue  # no compiler here; that it raises then has tests of its own
         # The batch of the first example is for a GPU; one sample less to interpret here.
         exec(compile(block.replace("randn(8, 256", "randn(2, 256"), "README.md", "exec"), namespace)
     x, y = namespace["x"], namespace["y"]
