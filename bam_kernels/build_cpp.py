@@ -213,7 +213,7 @@ def build(
 
 
 def build_testing(output: Path, *, work: Path | None = None, sanitize: bool = False) -> None:
-    """Compile the tests' module, csrc/testing/bindings.cpp with the kernels; as `build`.
+    """Compile the tests' module, csrc/testing with the kernels and what they run in; as `build`.
 
     pybind11 and Python's whole API are for this module only, which is never shipped.
     """
@@ -224,7 +224,8 @@ def build_testing(output: Path, *, work: Path | None = None, sanitize: bool = Fa
     if not _python_include():
         raise BuildError("Python's headers are not installed (python3-dev)")
     bindings = csrc / "testing" / "bindings.cpp"
-    sources = [bindings, *sorted((csrc / "cpu").glob("*.cpp"))]
+    own_sources = sorted((csrc / "testing").glob("*.cpp"))
+    sources = [*own_sources, csrc / "launch.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
     own = ("-isystem", str(Path(pybind11.origin).parent / "include"))
     _build(output, csrc, sources, work, sanitize, {bindings.resolve(): own})
 
