@@ -117,7 +117,8 @@ Module<S> read_module(
   for (int64_t i = 0; i < layers; ++i) {
     const bool last = i == layers - 1;
     const Tensor& weight = r.next();
-    STD_TORCH_CHECK(weight.dim() == 2, "channel.fc: expected a [out, in] weight");
+    STD_TORCH_CHECK(
+        weight.dim() == 2, "channel.fc: expected a [out, in] weight, got ", weight.dim(), " axes");
     const int64_t outs = last ? v.c : weight.size(0);
     Linear<A> layer{required<A>(weight, "channel.fc", {outs, ins}, arena), {}, outs, ins};
     const A* bias = values<A>(r.next(), "channel.fc's bias", {outs}, arena);

@@ -113,14 +113,20 @@ template <class A>
 const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena) {
   if (absent(t)) return nullptr;
   check_tensor(t, name);
-  int64_t expected = 1;
-  for (int64_t size : shape) expected *= size;
-  const int64_t n = t.numel();
-  // Vectors may come as [n] or [1, n], and a 1x1 convolution's weight as a matrix.
+  const auto found = t.sizes();
+  const size_t axes = shape.size();
+  // A matrix [o, i] may come as the weight of a 1x1 convolution, [o, i, 1, 1].
+  bool same = found.size() == axes ||
+      (axes == 2 && found.size() == 4 && found[2] == 1 && found[3] == 1);
+  int64_t n = 1;
+  size_t axis = 0;
+  for (int64_t size : shape) {
+    same = same && found[axis++] == size;
+    n *= size;
+  }
   STD_TORCH_CHECK(
-      n == expected, name, ": expected shape ",
-      shape_text(shape.begin(), int64_t(shape.size())), ", got ",
-      shape_text(t.sizes().data(), int64_t(t.sizes().size())));
+      same, name, ": expected shape ", shape_text(shape.begin(), int64_t(axes)), ", got ",
+      shape_text(found.data(), int64_t(found.size())));
   if (t.scalar_type() == TypeOf<A>::value && t.is_contiguous()) return data<A>(t);
   A* out = arena.take<A>(n);
   with_type(t.scalar_type(), [&](auto tag) {
@@ -145,14 +151,12 @@ const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t
       convert(from, out, n);
       return;
     }
-    // Gathered in the storage type first; at most four axes.
+    // Gathered in the storage type first.
     S* dense = arena.take<S>(n);
-    const auto sizes = t.sizes();
     const auto strides = t.strides();
-    const int64_t dim = int64_t(sizes.size());
+    const int64_t dim = int64_t(found.size());
     int64_t size[4] = {1, 1, 1, 1}, stride[4] = {0, 0, 0, 0};
-    STD_TORCH_CHECK(dim <= 4, name, ": expected at most four axes, got ", dim);
-    for (int64_t i = 0; i < dim; ++i) size[4 - dim + i] = sizes[i], stride[4 - dim + i] = strides[i];
+    for (int64_t i = 0; i < dim; ++i) size[4 - dim + i] = found[i], stride[4 - dim + i] = strides[i];
     S* to = dense;
     for (int64_t a = 0; a < size[0]; ++a)
       for (int64_t b = 0; b < size[1]; ++b)

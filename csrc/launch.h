@@ -110,7 +110,8 @@ S* mutable_data(const Tensor& t) {
 inline bool absent(const Tensor& t) { return t.numel() == 0; }
 
 // A parameter's values, dense and in the accumulator's type: its own memory where that is so
-// already, else a copy in the arena. Null where it is absent (no elements).
+// already, else a copy in the arena. Null where it is absent (no elements). It must have the shape,
+// at most four axes; a 1x1 convolution's weight may stand for a matrix.
 template <class A>
 const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena);
 

@@ -39,7 +39,7 @@ template <class A>
 Logits<A> read_logits(const Tensor& c, const Tensor& s, const View& v, Arena& arena) {
   return {
       values<A>(c, "channel_logits", {v.n, v.c}, arena),
-      values<A>(s, "spatial_logits", {v.n, v.p}, arena)};
+      values<A>(s, "spatial_logits", {v.n, 1, v.h, v.w}, arena)};
 }
 
 // The gate of every sample.
@@ -75,6 +75,7 @@ const A* panels(const A* w, int64_t h, int64_t channels, Arena& arena) {
 
 void pool_reduce(Tensor x, Tensor weight, Tensor bias, Tensor pooled, Tensor reduced) {
   const View v = view_of(x, "x");
+  STD_TORCH_CHECK(weight.dim() > 0, "weight: expected [h, C], got a scalar");
   const int64_t h = absent(weight) ? 0 : weight.size(0);
   const bool pool = pooled.numel() > 0;
   if (pool) {
@@ -251,11 +252,11 @@ void input_gradient(
     check_dtype(dx, "dx", x.scalar_type()), check_shape(dx, "dx", {v.n, v.c, v.h, v.w});
     to = view_like(dx, "dx", v);
   }
-  const int64_t h = has_reduced ? dreduced.size(1) : 0;
   if (has_reduced) {
-    check_shape(dreduced, "dreduced", {v.n, h, v.h, v.w});
     small = view_of(dreduced, "dreduced");
+    check_shape(dreduced, "dreduced", {v.n, small.c, v.h, v.w});
   }
+  const int64_t h = small.c;
   if (!absent(dweight)) {
     STD_TORCH_CHECK(has_reduced, "dreduced: expected a tensor for the weight's gradient, got none");
     check_tensor(dweight, "dweight"), check_contiguous(dweight, "dweight");

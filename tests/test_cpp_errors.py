@@ -7,6 +7,7 @@ cannot take is a RuntimeError that names the tensor.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -202,6 +203,12 @@ def operators() -> dict[str, dict[str, object]]:
         "means": [],
         "variances": [],
     }
+    channel = [
+        made(HIDDEN, C), made(HIDDEN), made(C, HIDDEN), made(C), made(HIDDEN), made(HIDDEN),
+        made(HIDDEN), torch.rand(HIDDEN) + 0.5, made(C), made(C), made(C), torch.rand(C) + 0.5,
+    ]  # fmt: skip
+    # The hidden norm takes the batch's statistics, the last one those that it has.
+    norms = {"norms": [True, True, True, False], "eps": [1e-5, 1e-5]}
     options = {
         "hidden_norm": False, "norm": True, "batch_stats": [True], "eps": [1e-5], "dilation": 2,
     }  # fmt: skip
@@ -227,6 +234,16 @@ def operators() -> dict[str, dict[str, object]]:
             "dreduced": made(N, HIDDEN, H, W), "weight": weight, "dx": torch.empty_like(x),
             "dweight": torch.empty(HIDDEN, C), "dbias": torch.empty(HIDDEN),
             "combine": 0, "residual": True,
+        },
+        "channel_forward": {
+            "pooled": made(N, C), "params": channel, "logits": torch.empty(N, C),
+            "kept": torch.empty(N, HIDDEN),
+            "taken": [torch.empty(n) for n in (HIDDEN, HIDDEN, 0, 0)], **norms,
+        },
+        "channel_backward": {
+            "dlogits": made(N, C), "kept": made(N, HIDDEN), "pooled": made(N, C),
+            "params": channel, "grads": [torch.empty_like(t) for t in (made(N, C), *channel[:6],
+            *channel[8:10])], **norms,
         },
         "spatial_forward": {
             **spatial, "logits": torch.empty(N, 1, H, W), "statistics": sums.clone(), **options,
@@ -264,10 +281,26 @@ def whole_numbers(t: Tensor) -> Iterator[Tensor]:
     yield t.new_ones(t.shape, dtype=torch.int32)
 
 
+def as_many(t: Tensor) -> Iterator[Tensor]:
+    """As many elements in another shape: turned, flat, with axes of one, and cut otherwise."""
+    if t.dim() == 0:  # a counter, which is one number in any shape
+        return
+    n = t.numel()
+    shapes = [(n,), (n, 1), (1, n), (1, *t.shape), (*t.shape, 1), (n, 1, 1, 1), (1, 1, n, 1)]
+    shapes += [(n // 2, 2), (2, n // 2), (2, 1, n // 2)] if n % 2 == 0 else []
+    turned = [t.transpose(i, j) for i in range(t.dim()) for j in range(i)]
+    same = {t.shape}
+    for each in [*turned, *(t.reshape(shape) for shape in shapes)]:
+        if each.shape not in same:
+            same.add(each.shape)
+            yield each.contiguous()
+
+
 CHANGES: dict[str, Callable[[Tensor], Iterator[Tensor]]] = {
     "longer": longer,
     "shorter": shorter,
     "whole numbers": whole_numbers,
+    "as many": as_many,
 }
 
 TENSORS = [
@@ -295,6 +328,8 @@ def test_raw_operators_check_every_tensor(operator, key, change):
     count = len(value) if isinstance(value, list) else 1
     for position in range(count):
         one = value[position] if isinstance(value, list) else value
+        if one.numel() == 0:  # absent
+            continue
         for number, bad in enumerate(CHANGES[change](one)):
             arguments = operators()[operator]
             if isinstance(value, list):
@@ -307,6 +342,75 @@ def test_raw_operators_check_every_tensor(operator, key, change):
                 pytest.fail(f"taken: {where}")
             first = str(raised.value).splitlines()[0]
             assert ": expected " in first and " got " in first, f"{where}: {first}"
+
+
+PARAMS = list(bam_params())
+
+# Of as many elements as what is expected: (operator, list or argument, position, shape, message).
+RESHAPED = [
+    ("bam_forward", "params", PARAMS.index("fc.1"), (HIDDEN, C), r"channel\.fc: .*\[8, 2\]"),
+    ("bam_forward", "params", PARAMS.index("fc.1"), (4, 4), r"channel\.fc: .*\[8, 2\]"),
+    ("bam_forward", "params", PARAMS.index("reduce"), (C, HIDDEN), r"spatial\.reduce: .*\[2, 8\]"),
+    ("bam_forward", "params", PARAMS.index("conv.0"), (3, 3, 2, 2), r"dilated: .*\[2, 2, 3, 3\]"),
+    ("bam_forward", "params", PARAMS.index("conv.1"), (2, 3, 2, 3), r"dilated: .*\[2, 2, 3, 3\]"),
+    ("bam_forward", "params", PARAMS.index("project"), (HIDDEN, 1), r"project: .*\[1, 2\]"),
+    ("bam_forward", "params", PARAMS.index("channel mean"), (4, 2), r"norm: .*\[8\]"),
+    ("pool_reduce", "weight", None, (HIDDEN, 4, 2), r"weight: .*\[2, 8\]"),
+    ("pool_reduce", "bias", None, (1, HIDDEN), r"bias: .*\[2\]"),
+    ("gate_forward", "c", None, (C, N), r"channel_logits: .*\[2, 8\]"),
+    ("gate_gradient", "s", None, (N, 1, W, H), r"spatial_logits: .*\[2, 1, 3, 4\]"),
+    ("input_gradient", "weight", None, (C, HIDDEN), r"weight: .*\[2, 8\]"),
+    ("input_gradient", "dpooled", None, (C, N), r"dpooled: .*\[2, 8\]"),
+    ("channel_forward", "params", 2, (HIDDEN, C), r"weight1: .*\[8, 2\]"),
+    ("channel_backward", "params", 2, (HIDDEN, C), r"weight1: .*\[8, 2\]"),
+    ("spatial_forward", "weights", 1, (2, 3, 3, 2), r"weights: .*\[2, 2, 3, 3\]"),
+    ("spatial_forward", "project_weight", None, (HIDDEN, 1), r"project_weight: .*\[2\]"),
+    ("spatial_backward", "weights", 0, (3, 3, 2, 2), r"weights: .*\[2, 2, 3, 3\]"),
+    ("update_running", "batch_means", 0, (C, 1), r"batch statistics: .*\[8\]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("operator", "key", "position", "shape", "message"),
+    RESHAPED,
+    ids=[f"{operator} {key} {list(shape)}" for operator, key, _, shape, _ in RESHAPED],
+)
+def test_as_many_elements_are_not_the_shape(operator, key, position, shape, message):
+    """A transposed weight, say: the numbers would be wrong and nothing else."""
+    arguments = operators()[operator]
+    value = arguments[key]
+    if position is None:
+        arguments[key] = value.reshape(shape)
+    else:
+        value[position] = value[position].reshape(shape)
+    got = re.escape(str(list(shape)))
+    with pytest.raises(RuntimeError, match=f"{message}, got {got}"):
+        call(operator, arguments)
+
+
+@pytest.mark.parametrize(
+    ("operator", "key", "position"),
+    [
+        ("bam_forward", "params", PARAMS.index("reduce")),
+        ("bam_forward", "params", PARAMS.index("project")),
+        ("pool_reduce", "weight", None),
+        ("input_gradient", "weight", None),
+    ],
+)
+def test_a_convolution_of_one_by_one_is_a_matrix(operator, key, position):
+    plain = operators()[operator]
+    call(operator, plain)
+    results = ("out", "pooled", "reduced", "dx", "dweight", "dbias")
+    expected = {name: plain[name].clone() for name in results if name in plain}
+    if position is None:
+        plain[key] = plain[key][:, :, None, None]
+    else:
+        plain[key][position] = plain[key][position][:, :, None, None]
+    for name in expected:
+        plain[name].fill_(float("nan"))
+    call(operator, plain)
+    for name, want in expected.items():
+        assert torch.equal(plain[name], want), name
 
 
 @pytest.mark.parametrize(("operator", "key"), TENSORS, ids=lambda v: str(v))
