@@ -516,8 +516,10 @@ def test_large_logits_of_a_module(combine, scale, isa, seed):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_module_on_special_inputs(preset, mode, isa, seed):
     """inf and NaN reach what they reach in the reference, and in eval mode no other sample."""
-    for layout, dtype in itertools.product(("nchw", "channels_last"), (torch.float32, F64)):
-        module = randomize(BAM(24, 4, preset=preset, dtype=dtype))
+    branches = ({}, {"channel": False}, {"spatial": False})
+    dtypes = (torch.float32, F64)
+    for layout, dtype, fewer in itertools.product(("nchw", "channels_last"), dtypes, branches):
+        module = randomize(BAM(24, 4, preset=preset, dtype=dtype, **fewer))
         x = make_map((4, 24, 5, 7), dtype, CPU, layout)
         x[1, 2, 3, 4] = float("nan")
         x[2, 2, 3, 4] = float("inf")
