@@ -91,6 +91,7 @@ struct Module {
   const A* project = nullptr;
   A final_scale = 1, final_shift = 0;
   int64_t hidden = 0, ld = 0, dilation = 1, widest = 0;  // ld: the hidden width in whole vectors
+  bool by_output = false;  // whether threads that share a sample share out a convolution's outputs
 };
 
 template <class S>
@@ -134,13 +135,16 @@ Module<S> read_module(
     STD_TORCH_CHECK(h >= 1, "options: expected a hidden width of at least 1, got ", h);
     const int64_t ld = m.ld = whole_vectors(h, kernels<S>().lanes);
     m.reduce = required<A>(r.next(), "spatial.reduce", {h, v.c}, arena);
+    // Where each gets two vectors: weights that a thread alone packs and uses stay in its cache.
+    const int64_t shares = threads ? int64_t(torch::stable::get_num_threads()) : 1;
+    m.by_output = v.n < shares && ld / kernels<S>().lanes >= 2 * shares;
     Packer<A> packer(arena);
     m.reduce = packer.matrix(m.reduce, h, v.c, ld);
     const A* bias = values<A>(r.next(), "spatial.reduce's bias", {h}, arena);
     m.reduce_affine = read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, ld, arena);
     for (int64_t i = 0; i < convolutions; ++i) {
       const A* weight = required<A>(r.next(), "spatial.dilated", {h, h, 3, 3}, arena);
-      m.convs.push_back(packer.conv(weight, h, ld));
+      m.convs.push_back(packer.conv(weight, h, ld, false, m.by_output));
       bias = values<A>(r.next(), "spatial.dilated's bias", {h}, arena);
       m.conv_affines.push_back(
           read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, ld, arena));
@@ -169,22 +173,42 @@ void run(
   const int64_t parts = threads ? int64_t(torch::stable::get_num_threads()) : 1;
   Arena arena;
 
-  // Pool and reduction.
+  // Pool and reduction. In NCHW threads share out the channels, where there are enough of them: what
+  // a thread has read of x is then what it gates, and each has its part of the sums.
+  const bool by_channel = parts > 1 && !v.channels_last && v.c >= 32 * parts;
+  const int64_t size = v.p * m.ld;
   A* maps[2] = {nullptr, nullptr};
-  if (m.has_spatial) maps[0] = arena.take<A>(v.p * m.ld);
-  if (!m.convs.empty()) maps[1] = arena.take<A>(v.p * m.ld);
+  if (m.has_spatial) maps[0] = arena.take<A>(by_channel ? parts * size : size);
+  if (!m.convs.empty()) maps[1] = arena.take<A>(size);
   A* pool = m.has_channel ? arena.zeros<A>(parts * v.c) : nullptr;
-  const Reduce<S> reduced{
-      x, v.line, v.channels_last, v.c, m.hidden, m.reduce, m.ld, maps[0], m.reduce_affine.scale,
-      m.reduce_affine.shift, true};
+  const Affine<A>& affine = m.reduce_affine;
+  const Reduce<S> whole{
+      x, v.line, v.channels_last, v.c, m.hidden, m.reduce, m.ld, maps[0], affine.scale,
+      affine.shift, true};
   parallel(threads, parts, [&](int64_t begin, int64_t end) {
     Arena own;
     A* scratch = own.take<A>(k.reduce_scratch(v.c));
-    for (int64_t i = begin; i < end; ++i)
-      k.reduce(
-          reduced, part(i, parts, v.p), part(i + 1, parts, v.p), pool ? pool + i * v.c : nullptr,
-          scratch);
+    for (int64_t i = begin; i < end; ++i) {
+      A* sums = pool ? pool + i * v.c : nullptr;
+      if (!by_channel) {
+        k.reduce(whole, part(i, parts, v.p), part(i + 1, parts, v.p), sums, scratch);
+        continue;
+      }
+      const int64_t c0 = part(i, parts, v.c), c1 = part(i + 1, parts, v.c);
+      Reduce<S> some = whole;
+      some.x = x + c0 * v.line, some.channels = c1 - c0, some.weight = m.reduce + c0 * m.ld;
+      some.out = maps[0] + i * size;
+      some.scale = some.shift = nullptr, some.relu = false;
+      k.reduce(some, 0, v.p, sums ? sums + c0 : nullptr, scratch);
+    }
   });
+  if (by_channel && m.has_spatial)
+    parallel(threads, parts, [&](int64_t begin, int64_t end) {
+      const int64_t p0 = part(begin, parts, v.p), n = part(end, parts, v.p) - p0;
+      A* sum = maps[0] + p0 * m.ld;
+      for (int64_t i = 1; i < parts; ++i) wide.add(sum, sum + i * size, n * m.ld);
+      wide.activate(sum, sum, n, m.ld, affine.scale, affine.shift);
+    });
 
   // The branches' layers side by side: of each layer every thread does its part.
   A *c = nullptr, *next_c = nullptr, *s = nullptr;
@@ -197,7 +221,9 @@ void run(
       c[i] = total / A(v.p);
     }
   }
-  if (m.has_spatial) s = arena.take<A>(v.p);
+  const bool by_output = m.by_output && threads;
+  const int64_t partial = by_output ? parts : 1;  // sums of the last layer
+  if (m.has_spatial) s = arena.zeros<A>(partial * v.p);
   const size_t linears = m.mlp.size(), convs = m.convs.size();
   for (size_t i = 0; i < std::max(linears, convs); ++i) {
     parallel(threads, parts, [&](int64_t begin, int64_t end) {
@@ -213,15 +239,21 @@ void run(
         const Conv<A> conv{
             maps[i % 2], maps[1 - i % 2], m.convs[i], m.conv_affines[i].scale,
             m.conv_affines[i].shift, true, nullptr, v.h, v.w, m.dilation, m.hidden, m.ld,
-            i + 1 == convs ? m.project : nullptr, s};
-        wide.conv(conv, part(begin, parts, v.h), part(end, parts, v.h));
+            i + 1 == convs ? m.project : nullptr, s + (by_output ? begin * v.p : 0)};
+        const int64_t vecs = m.ld / wide.lanes;
+        if (by_output) wide.conv(conv, 0, v.h, part(begin, parts, vecs), part(end, parts, vecs));
+        else wide.conv(conv, part(begin, parts, v.h), part(end, parts, v.h), 0, vecs);
       }
     });
     if (i < linears) std::swap(c, next_c);
   }
   if (m.has_spatial) {
     if (convs == 0) wide.project(maps[0], v.p, m.ld, m.hidden, m.project, s);
-    for (int64_t p = 0; p < v.p; ++p) s[p] = s[p] * m.final_scale + m.final_shift;
+    for (int64_t p = 0; p < v.p; ++p) {
+      A total = s[p];
+      for (int64_t i = 1; convs > 0 && i < partial; ++i) total += s[i * v.p + p];
+      s[p] = total * m.final_scale + m.final_shift;
+    }
   }
 
   // Gate.

@@ -209,42 +209,54 @@ template const double* padded<double>(const double*, int64_t, int64_t, Arena&);
 
 template <class A>
 const A* Packer<A>::matrix(const A* w, int64_t rows, int64_t k, int64_t ld) {
-  constexpr int64_t kBlock = 128;
   A* out = arena_.take<A>(k * ld);
-  for (int64_t i = 0; i < k; i += kBlock)
-    pieces_.push_back({Kind::matrix, w, out, i, std::min(i + kBlock, k), rows, k, ld});
+  jobs_.push_back({Kind::matrix, w, out, rows, k, ld, k, 64});
   return out;
 }
 
 template <class A>
-const A* Packer<A>::conv(const A* w, int64_t h, int64_t ld, bool gradient) {
-  constexpr int64_t kBlock = 16;  // channels whose taps are whole vectors
+const A* Packer<A>::conv(const A* w, int64_t h, int64_t ld, bool gradient, bool by_output) {
   A* out = arena_.take<A>(9 * h * ld);
-  const Kind kind = gradient ? Kind::gradient : Kind::conv;
-  for (int64_t i = 0; i < h; i += kBlock)
-    pieces_.push_back({kind, w, out, i, std::min(i + kBlock, h), h, 9 * h, ld});
+  const Kind kind =
+      gradient ? Kind::gradient : by_output ? Kind::conv_by_output : Kind::conv;
+  // The taps of 16 channels are whole vectors.
+  if (kind == Kind::conv_by_output)
+    jobs_.push_back({kind, w, out, h, 9 * h, ld, ld, wide_kernels<A>().lanes});
+  else
+    jobs_.push_back({kind, w, out, h, 9 * h, ld, h, 16});
   return out;
 }
 
 template <class A>
 void Packer<A>::run(bool threads) {
   const WideKernels<A>& k = wide_kernels<A>();
-  parallel(threads, int64_t(pieces_.size()), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Piece& p = pieces_[size_t(i)];
-      const int64_t count = p.end - p.begin, tap = p.rows * p.ld;
-      if (p.kind == Kind::matrix) {
-        k.transpose(p.from + p.begin, p.k, p.rows, count, p.to + p.begin * p.ld, p.ld, p.ld);
-      } else if (p.kind == Kind::conv) {
-        k.transpose_taps(
-            p.from + p.begin * 9, p.k, p.rows, count * 9, p.to + p.begin * p.ld, 9, tap, p.ld, p.ld);
-      } else {
-        for (int64_t o = p.begin; o < p.end; ++o)  // the last tap first
-          k.transpose(p.from + o * p.k, 9, p.rows, 9, p.to + 8 * tap + o * p.ld, -tap, p.ld);
-      }
+  auto piece = [&](const Job& j, int64_t begin, int64_t end) {
+    const int64_t tap = j.rows * j.ld;
+    if (j.kind == Kind::matrix) {
+      k.transpose(j.from + begin, j.k, j.rows, end - begin, j.to + begin * j.ld, j.ld, j.ld);
+    } else if (j.kind == Kind::conv_by_output) {
+      k.transpose_taps(
+          j.from + begin * j.k, j.k, std::min(end, j.rows) - begin, j.k, j.to + begin, 9, tap, j.ld,
+          end - begin);
+    } else if (j.kind == Kind::conv) {
+      k.transpose_taps(
+          j.from + begin * 9, j.k, j.rows, (end - begin) * 9, j.to + begin * j.ld, 9, tap, j.ld,
+          j.ld);
+    } else {
+      for (int64_t o = begin; o < end; ++o)  // the last tap first
+        k.transpose(j.from + o * j.k, 9, j.rows, 9, j.to + 8 * tap + o * j.ld, -tap, j.ld);
+    }
+  };
+  // A thread takes its part of each: that of the reduction is what it will use itself.
+  const int64_t parts = threads ? int64_t(torch::stable::get_num_threads()) : 1;
+  parallel(threads, parts, [&](int64_t first, int64_t last) {
+    for (const Job& j : jobs_) {
+      const int64_t blocks = (j.count + j.block - 1) / j.block;
+      for (int64_t i = part(first, parts, blocks); i < part(last, parts, blocks); ++i)
+        piece(j, i * j.block, std::min((i + 1) * j.block, j.count));
     }
   });
-  pieces_.clear();
+  jobs_.clear();
 }
 template class Packer<float>;
 template class Packer<double>;

@@ -138,20 +138,21 @@ class Packer {
   // w [rows][k] as [k][ld].
   const A* matrix(const A* w, int64_t rows, int64_t k, int64_t ld);
   // The weight [h out][h in][9] of a convolution as [9][h in][ld out]; of its gradient's, the taps
-  // turned round, as [9][h out][ld in].
-  const A* conv(const A* w, int64_t h, int64_t ld, bool gradient = false);
+  // turned round, as [9][h out][ld in]. With `by_output` a thread has its part of the outputs.
+  const A* conv(
+      const A* w, int64_t h, int64_t ld, bool gradient = false, bool by_output = false);
   void run(bool threads);
 
  private:
-  enum class Kind { matrix, conv, gradient };
-  struct Piece {
+  enum class Kind { matrix, conv, conv_by_output, gradient };
+  struct Job {
     Kind kind;
     const A* from;
     A* to;
-    int64_t begin, end, rows, k, ld;  // of k, or of channels
+    int64_t rows, k, ld, count, block;  // of k, or of channels: how many, and so many at a time
   };
   Arena& arena_;
-  std::vector<Piece> pieces_;
+  std::vector<Job> jobs_;
 };
 
 // One sample of a small map as a hidden map [P][ld], and back.

@@ -117,7 +117,7 @@ struct Branch {
       conv.scale = scale, conv.shift = shift, conv.relu = relu;
       conv.act = act ? act + sample * map_size() : nullptr;
       if (logits) conv.project = project, conv.logits = logits + sample * v.p;
-      wide_kernels<A>().conv(conv, y0, y1);
+      wide_kernels<A>().conv(conv, y0, y1, 0, ld / wide_kernels<A>().lanes);
     });
   }
 

@@ -17,25 +17,34 @@ BAM_INLINE void for_runs(int64_t width, int64_t dilation, F&& f) {
     if (cut[i] < cut[i + 1]) f(cut[i], cut[i + 1]);
 }
 
+// Rows [row0, row1), of the output channels' vectors [vec0, vec1).
 template <class A>
-void conv(const Conv<A>& c, int64_t row0, int64_t row1) {
-  const int64_t width = c.width, ld = c.ld;
+void conv(const Conv<A>& c, int64_t row0, int64_t row1, int64_t vec0, int64_t vec1) {
+  constexpr int W = kLanes<A>;
+  const int64_t width = c.width, ld = c.ld, j = vec0 * W, channels = (vec1 - vec0) * W;
   for (int64_t y = row0; y < row1; ++y) {
-    A* line = c.out + y * width * ld;
+    A* line = c.out + y * width * ld + j;
     for_runs(width, c.dilation, [&](int64_t x0, int64_t x1) {
       Term<A> terms[9];
       int64_t count = 0;
       for (int64_t tap = 0; tap < 9; ++tap) {
         const int64_t row = y + (tap / 3 - 1) * c.dilation, shift = (tap % 3 - 1) * c.dilation;
         if (row < 0 || row >= c.height || x0 + shift < 0 || x1 + shift > width) continue;
-        terms[count++] = {c.in + (row * width + x0 + shift) * ld, c.weight + tap * c.hidden * ld};
+        terms[count++] = {
+            c.in + (row * width + x0 + shift) * ld, c.weight + tap * c.hidden * ld + j};
       }
       product<A>(
-          {x1 - x0, ld / kLanes<A>, terms, count, c.hidden, ld, 1, ld, line + x0 * ld, ld, false});
+          {x1 - x0, vec1 - vec0, terms, count, c.hidden, ld, 1, ld, line + x0 * ld, ld, false});
     });
-    if (c.scale || c.shift || c.relu) affine(line, line, width, ld, c.scale, c.shift, c.relu);
-    if (c.act) relu_gradient(line, c.act + y * width * ld, width, ld);
-    if (c.project) project(line, width, ld, c.hidden, c.project, c.logits + y * width);
+    if (c.scale || c.shift || c.relu)
+      affine(
+          line, line, width, channels, ld, c.scale ? c.scale + j : nullptr,
+          c.shift ? c.shift + j : nullptr, c.relu);
+    if (c.act) relu_gradient(line, c.act + y * width * ld + j, width, channels, ld);
+    if (c.project) {
+      const int64_t left = c.hidden - j < channels ? c.hidden - j : channels;
+      project(line, width, ld, left, c.project + j, c.logits + y * width);
+    }
   }
 }
 

@@ -68,7 +68,7 @@ template <class A>
 const WideKernels<A>* wide_table_of() {
   static const WideKernels<A> table = {
       kLanes<A>,         transpose<A>,  transpose_taps<A>,      product<A>,   conv<A>,
-      conv_weight_gradient<A>, project<A>,    moments<A>,   activate<A>,
+      conv_weight_gradient<A>, add<A>, project<A>,    moments<A>,   activate<A>,
       project_gradient<A>, norm_sums<A>, norm_gradient<A>,
       exp_negative<A>,   sigmoid_all<A>,      sigmoid_slope<A>, linear<A>,
   };

@@ -139,11 +139,12 @@ struct WideKernels {
       const A* from, int64_t from_row, int64_t rows, int64_t length, A* to, int64_t period,
       int64_t near, int64_t far, int64_t stored);
   void (*product)(const Product<A>& product);
-  // Rows [row0, row1).
-  void (*conv)(const Conv<A>& conv, int64_t row0, int64_t row1);
+  // Rows [row0, row1), of the output channels' vectors [vec0, vec1); the logits are of these alone.
+  void (*conv)(const Conv<A>& conv, int64_t row0, int64_t row1, int64_t vec0, int64_t vec1);
   // dw [9][hidden in][ld] += sum over positions of in, shifted by tap, times dz; of inputs [i0, i1).
   // Of `conv` the map and its sizes count.
   void (*conv_weight_gradient)(const Conv<A>& conv, const A* dz, int64_t i0, int64_t i1, A* dw);
+  void (*add)(A* to, const A* from, int64_t n);  // whole vectors
   void (*project)(const A* a, int64_t n, int64_t ld, int64_t h, const A* weight, A* logits);
   // Of hidden maps of n positions: out = sum of z, or of (z - mean)^2 where mean is given.
   void (*moments)(const A* z, int64_t n, int64_t ld, const A* mean, A* out);

@@ -31,13 +31,14 @@ BAM_INLINE void sum_positions(int64_t n, int64_t ld, A* out, F&& f) {
   }
 }
 
-// z * scale + shift and the ReLU, of n positions; either vector may be null.
+// z * scale + shift and the ReLU, of n positions and `width` channels; either vector may be null.
 template <class A>
 BAM_INLINE void affine(
-    const A* z, A* out, int64_t n, int64_t ld, const A* scale, const A* shift, bool with_relu) {
+    const A* z, A* out, int64_t n, int64_t width, int64_t ld, const A* scale, const A* shift,
+    bool with_relu) {
   constexpr int W = kLanes<A>;
   for (int64_t p = 0; p < n; ++p)
-    for (int64_t v = 0; v < ld; v += W) {
+    for (int64_t v = 0; v < width; v += W) {
       Vec<A> y = load(z + p * ld + v);
       if (scale) y *= load(scale + v);
       if (shift) y += load(shift + v);
@@ -46,7 +47,12 @@ BAM_INLINE void affine(
 }
 template <class A>
 void activate(const A* z, A* a, int64_t n, int64_t ld, const A* scale, const A* shift) {
-  affine(z, a, n, ld, scale, shift, true);
+  affine(z, a, n, ld, ld, scale, shift, true);
+}
+
+template <class A>
+void add(A* to, const A* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) store(to + i, load(to + i) + load(from + i));
 }
 
 // logits[p] = sum over channels j < h of weight[j] * a[p][j].
@@ -90,9 +96,10 @@ void project_gradient(
 }
 
 template <class A>
-void relu_gradient(A* du, const A* act, int64_t n, int64_t ld) {
-  for (int64_t i = 0; i < n * ld; i += kLanes<A>)
-    store(du + i, through_relu<A>(load(du + i), load(act + i)));
+BAM_INLINE void relu_gradient(A* du, const A* act, int64_t n, int64_t width, int64_t ld) {
+  for (int64_t p = 0; p < n; ++p)
+    for (int64_t at = p * ld; at < p * ld + width; at += kLanes<A>)
+      store(du + at, through_relu<A>(load(du + at), load(act + at)));
 }
 
 template <class A>

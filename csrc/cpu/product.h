@@ -194,15 +194,19 @@ void transpose_taps(
 #if defined(__AVX512F__)
       if constexpr (std::is_same_v<A, float>) {
         __m512 v[16];
+        if (some == W && n == W && kept == W) {
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) v[i] = (__m512)load(block + i * from_row);
+          transpose_16(v);
+#pragma GCC unroll 16
+          for (int i = 0; i < 16; ++i) store(next(), (Vec<float>)v[i]);
+          continue;
+        }
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
           v[i] = i < some ? (__m512)load_n(block + i * from_row, n) : _mm512_setzero_ps();
         transpose_16(v);
-        if (kept == W) {
-          for (int i = 0; i < n; ++i) store(next(), (Vec<float>)v[i]);
-        } else {
-          for (int i = 0; i < n; ++i) store_n(next(), (Vec<float>)v[i], kept);
-        }
+        for (int i = 0; i < n; ++i) store_n(next(), (Vec<float>)v[i], kept);
         continue;
       }
 #endif

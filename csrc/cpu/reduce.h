@@ -67,7 +67,7 @@ void reduce_rows(const Reduce<S>& r, int64_t p0, int64_t p1, Acc<S>* pool, Acc<S
           {n, r.ld / kLanes<A>, &term, 1, some, 1, step, r.ld, r.out + p * r.ld, r.ld, c > 0});
     }
     if (r.hidden && (r.scale || r.shift || r.relu))
-      affine(r.out + p * r.ld, r.out + p * r.ld, n, r.ld, r.scale, r.shift, r.relu);
+      affine(r.out + p * r.ld, r.out + p * r.ld, n, r.ld, r.ld, r.scale, r.shift, r.relu);
   }
 }
 
@@ -109,7 +109,7 @@ void reduce_columns(const Reduce<S>& r, int64_t p0, int64_t p1, Acc<S>* pool, Ac
       const Term<A> term{rows + c, r.weight + c * r.ld};
       product<A>({n, r.ld / W, &term, 1, some, row, 1, r.ld, out, r.ld, c > 0});
     }
-    if (r.scale || r.shift || r.relu) affine(out, out, n, r.ld, r.scale, r.shift, r.relu);
+    if (r.scale || r.shift || r.relu) affine(out, out, n, r.ld, r.ld, r.scale, r.shift, r.relu);
   }
 }
 
