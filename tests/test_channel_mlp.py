@@ -12,7 +12,7 @@ from kinks import clear_of_kinks, without_kinks
 from tolerances import Errors, assert_parity
 from torch import nn
 
-from bam_kernels import functional, fusable, reference
+from bam_kernels import functional, fusable, reference, training
 from bam_kernels.config import resolve
 
 
@@ -89,7 +89,7 @@ def fused(pooled, branch):
     """What a module does with its pooled vector."""
     taken = []
     logits = functional._channel_logits(pooled, branch, taken)
-    functional._update_running(taken)
+    training.update_running(taken, torch.ops.bam_kernels)
     return logits
 
 

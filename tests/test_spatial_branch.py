@@ -12,7 +12,7 @@ from test_module import randomize
 from tolerances import Errors, assert_parity
 from torch import nn
 
-from bam_kernels import functional, fusable, reference
+from bam_kernels import functional, fusable, reference, training
 from bam_kernels.backends.triton import configs
 from bam_kernels.config import resolve
 
@@ -28,7 +28,7 @@ def fused(reduced, branch):
     """What a module does with its reduction."""
     taken = []
     logits = functional._spatial_logits(reduced, branch, taken)
-    functional._update_running(taken)
+    training.update_running(taken, torch.ops.bam_kernels)
     return logits
 
 
