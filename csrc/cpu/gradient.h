@@ -106,10 +106,11 @@ void input_gradient(
 // At a time: with kWeightChannels of x and dreduced of 64 channels they fit L1.
 constexpr int64_t kWeightPositions = 64;
 
-// Floats or doubles that a call of weight_gradient needs: a block of x.
+// Floats or doubles that a call of weight_gradient needs: a block of x, in lines of either axis.
 template <class A>
 int64_t weight_gradient_scratch() {
-  return kWeightChannels * (kWeightPositions + kLanes<A>);
+  constexpr int64_t lines = kWeightChannels > kWeightPositions ? kWeightChannels : kWeightPositions;
+  return kWeightChannels * kWeightPositions + lines * kLanes<A>;
 }
 
 // Channels [c0, c1) of dw [C][ld], at most kWeightChannels of them, over all samples.
