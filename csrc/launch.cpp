@@ -4,6 +4,10 @@
 #include <cmath>
 #include <cstring>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace bam {
 
 // --- scratch ----------------------------------------------------------------------------------
@@ -28,6 +32,26 @@ Stack& stack() {
   return s;
 }
 
+// Under AddressSanitizer what no arena has given is out of bounds, and a gap behind each piece.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kGap = 64;
+void forbid(const Block& b, size_t from) {
+  __asan_poison_memory_region(b.data.get() + from, b.size - from);
+}
+void allow(void* p, size_t n) { __asan_unpoison_memory_region(p, n); }
+#else
+constexpr size_t kGap = 0;
+void forbid(const Block&, size_t) {}
+void allow(void*, size_t) {}
+#endif
+
+void add_block(Stack& s, size_t size) {
+  void* p = std::aligned_alloc(64, size);
+  if (!p) return;
+  s.blocks.push_back({{static_cast<char*>(p), &std::free}, size});
+  forbid(s.blocks.back(), 0);
+}
+
 } // namespace
 
 Arena::Arena() : block_(stack().block), used_(stack().used) {}
@@ -35,6 +59,7 @@ Arena::Arena() : block_(stack().block), used_(stack().used) {}
 Arena::~Arena() {
   Stack& s = stack();
   s.block = block_, s.used = used_;
+  for (size_t i = block_; i < s.blocks.size(); ++i) forbid(s.blocks[i], i == block_ ? used_ : 0);
   if (block_ == 0 && used_ == 0 && !s.blocks.empty()) {
     size_t total = 0;
     for (const Block& b : s.blocks) total += b.size;
@@ -42,25 +67,26 @@ Arena::~Arena() {
       s.blocks.clear();
     } else if (s.blocks.size() > 1) {  // the next call finds room in one block
       s.blocks.clear();
-      void* p = std::aligned_alloc(64, total);
-      if (p) s.blocks.push_back({{static_cast<char*>(p), &std::free}, total});
+      add_block(s, total);
     }
   }
 }
 
 void* Arena::bytes(size_t n) {
   Stack& s = stack();
-  n = (n + 63) / 64 * 64;
+  const size_t given = n;
+  n = (n + 63) / 64 * 64 + kGap;
   while (s.block < s.blocks.size() && s.used + n > s.blocks[s.block].size) ++s.block, s.used = 0;
   if (s.block == s.blocks.size()) {
     size_t size = n < (size_t(1) << 16) ? size_t(1) << 16 : n;
-    void* p = std::aligned_alloc(64, size);
-    STD_TORCH_CHECK(p != nullptr, "bam_kernels: cannot allocate ", size, " bytes of scratch memory");
-    s.blocks.push_back({{static_cast<char*>(p), &std::free}, size});
+    add_block(s, size);
+    STD_TORCH_CHECK(
+        s.block < s.blocks.size(), "bam_kernels: cannot allocate ", size, " bytes of scratch memory");
     s.used = 0;
   }
   void* p = s.blocks[s.block].data.get() + s.used;
   s.used += n;
+  allow(p, given);
   return p;
 }
 
