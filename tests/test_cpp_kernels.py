@@ -425,9 +425,9 @@ def packed(w: Tensor, ld: int, gradient: bool) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("gradient", (False, True), ids=("forward", "gradient"))
+@pytest.mark.parametrize("way", ("by input", "by output", "gradient"))
 @pytest.mark.parametrize("count", (1, 2), ids=("one thread", "two threads"))
-def test_pack(kernels, dtype, gradient, count):
+def test_pack(kernels, dtype, way, count):
     """Ragged weights of every kind, each alone and all together."""
     width = lanes(kernels, dtype)
     shapes: list[tuple[int, ...]] = [
@@ -446,9 +446,9 @@ def test_pack(kernels, dtype, gradient, count):
             for _, out in together:
                 out.fill_(NAN)
             pairs = [(w.numpy(), out.numpy()) for w, out in together]
-            kernels.pack(pairs, gradient, count > 1)
+            kernels.pack(pairs, way == "gradient", way == "by output", count > 1)
             for w, out in together:
-                want = packed(w, out.shape[-1], gradient)
+                want = packed(w, out.shape[-1], way == "gradient")
                 assert torch.equal(out, want), (tuple(w.shape), tuple(out.shape))
 
 

@@ -179,7 +179,7 @@ void transpose_taps(const InstructionSet& s, const Array<A>& from, Array<A> out)
 template <class A>
 void pack(
     const InstructionSet& s, const std::vector<std::pair<Array<A>, Array<A>>>& weights,
-    bool gradient, bool threads) {
+    bool gradient, bool by_output, bool threads) {
   for (const auto& [w, out] : weights) {
     const int axes = int(w.ndim());
     const int64_t rows = w.shape(0);
@@ -197,7 +197,7 @@ void pack(
     const int64_t rows = w.shape(0), ld = out.shape(w.ndim() - 1);
     packed.push_back(
         w.ndim() == 2 ? packer.matrix(w.data(), rows, w.shape(1), ld)
-                      : packer.conv(w.data(), rows, ld, gradient));
+                      : packer.conv(w.data(), rows, ld, gradient, by_output));
   }
   packer.run(threads);
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -230,7 +230,9 @@ void define_wide(py::class_<InstructionSet>& c, const char* lanes) {
       "linear", linear<A>, array("w"), array("x"), array("scale"), array("shift"), py::arg("relu"),
       array("out"));
   c.def("transpose_taps", transpose_taps<A>, array("from"), array("out"));
-  c.def("pack", pack<A>, array("weights"), py::arg("gradient"), py::arg("threads"));
+  c.def(
+      "pack", pack<A>, array("weights"), py::arg("gradient"), py::arg("by_output"),
+      py::arg("threads"));
 }
 
 // An arena that lasts as long as a `with`.
