@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import COMBINES, LAYOUTS, PRESETS, make_map, memory_format, name
 from kinks import module_and_input, without_kinks
-from tolerances import PEER_ELEMENTS, Errors
+from tolerances import Errors, means_with_variances
 from torch import nn
 
 import bam_kernels
@@ -53,15 +53,9 @@ def step(module: nn.Module, x: torch.Tensor, dout: torch.Tensor) -> dict[str, to
 
 def gathered(found: dict[str, torch.Tensor], scales: dict[str, float]) -> dict[str, torch.Tensor]:
     """What is compared: without the counters, and without the gradients of biases in front of batch
-    statistics, which are zero but for rounding. A running mean of few numbers, which may cancel,
-    is one vector with its variance: rounding is relative to the values whose mean it is, and the
-    ratio of the errors of so few is luck."""
+    statistics, which are zero but for rounding."""
     largest = max(scales.values())
-    found = dict(found)
-    means = [k for k, v in found.items() if k.endswith("running_mean")]
-    for key in [k for k in means if found[k].numel() < PEER_ELEMENTS]:
-        spread = key.removesuffix("mean") + "var"
-        found[spread] = torch.cat([found[spread], found.pop(key)])
+    found = means_with_variances(found)
     return {
         key: value
         for key, value in found.items()

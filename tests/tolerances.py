@@ -57,6 +57,18 @@ def assert_parity(name: str, ours: Tensor, truth: Tensor, eager: Tensor | None =
         assert error <= own, f"{name}: relative error {error:.2e}, at most {own:.2e} beside eager's"
 
 
+def means_with_variances(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is compared of batch norms' buffers: a running mean of few numbers, which may cancel, as
+    one vector with its variance. Rounding is relative to the values whose mean it is, and the ratio
+    of the errors of so few is luck."""
+    found = dict(found)
+    means = [key for key in found if key.endswith("running_mean")]
+    for key in [k for k in means if found[k].numel() < PEER_ELEMENTS]:
+        spread = key.removesuffix("mean") + "var"
+        found[spread] = torch.cat([found[spread], found.pop(key)])
+    return found
+
+
 class Errors:
     """Errors of several draws, against the table and beside eager's.
 
