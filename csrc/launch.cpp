@@ -174,7 +174,15 @@ const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t
       }
     };
     if (t.is_contiguous()) {
-      convert(from, out, n);
+      constexpr int64_t kBlock = 16384;
+      if (std::is_same_v<AccOf<S>, A> && n >= 2 * kBlock) {  // a half type's, without scratch
+        parallel(true, (n + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
+          convert(from + begin * kBlock, out + begin * kBlock,
+                  std::min(end * kBlock, n) - begin * kBlock);
+        });
+      } else {
+        convert(from, out, n);
+      }
       return;
     }
     // Gathered in the storage type first.
