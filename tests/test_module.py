@@ -51,16 +51,23 @@ def step(module: nn.Module, x: torch.Tensor, dout: torch.Tensor) -> dict[str, to
     return found | {key: b.clone() for key, b in module.named_buffers()}
 
 
+LONE = "dspatial.norm.weight"  # that of a norm of one channel, with its shift's
+
+
 def gathered(found: dict[str, torch.Tensor], scales: dict[str, float]) -> dict[str, torch.Tensor]:
     """What is compared: without the counters, and without the gradients of biases in front of batch
-    statistics, which are zero but for rounding."""
+    statistics, which are zero but for rounding. The scale and the shift of a norm of one channel,
+    sums over the map that may cancel, have their gradients as one vector."""
     largest = max(scales.values())
-    found = means_with_variances(found)
-    return {
+    kept = {
         key: value
-        for key, value in found.items()
+        for key, value in means_with_variances(found).items()
         if not key.endswith("num_batches_tracked") and scales.get(key, largest) > 1e-9 * largest
     }
+    shift = LONE.replace("weight", "bias")
+    if LONE in kept and shift in kept:
+        kept[LONE] = torch.cat([kept[LONE], kept.pop(shift)])
+    return kept
 
 
 def with_their_weights(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -103,7 +110,7 @@ def compare(make, shape, dtype, device, layout="nchw", train=True, draws=1):
         for key, b in want.items():
             # A single number that sums noise over the whole map: any error relative to it is
             # luck. Eval mode has sums of one sign, float64 has digits to spare; both check them.
-            if b.numel() == 1 and train and dtype != torch.float64:
+            if (b.numel() == 1 or key == LONE) and train and dtype != torch.float64:
                 continue
             errors.add(key, found[key], b, peer[key], together=key in scales and key != "dx")
     errors.check(peers=draws >= 5)
