@@ -1,9 +1,8 @@
 // The channel branch behind the pooling (Eq. 3) in training, forward and backward: one hidden layer.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 
 #include "launch.h"
+#include "norm.h"
 #include "operators.h"
 
 namespace bam {
@@ -13,27 +12,11 @@ namespace {
 constexpr int64_t kSerialWork = 1 << 17;  // multiplications below which threads are not worth waking
 
 template <class A>
-struct BatchNorm {
-  bool exists, batch;
-  double eps;
-  const A *gamma, *beta, *mean, *variance;
-  A *rstd, *scale;
-
-  // Whether from the batch or known: 1 / sqrt(variance + eps), and that times gamma.
-  void settle(int64_t width) {
-    for (int64_t j = 0; j < width; ++j) {
-      rstd[j] = A(1) / std::sqrt(variance[j] + A(eps));
-      scale[j] = rstd[j] * (gamma ? gamma[j] : A(1));
-    }
-  }
-};
-
-template <class A>
 struct Mlp {
   int64_t n, channels, hidden, ld, lc;  // ld, lc: the widths in whole vectors
   bool threads;
   const A *pooled, *w0, *b0, *w1, *b1;  // pooled [n][channels]
-  BatchNorm<A> inner, outer;
+  Norm<A> inner, outer;
 };
 
 // [rows][width] with ld values a row, zero behind: itself where that is so.
@@ -62,7 +45,7 @@ void column_statistics(const A* y, int64_t n, int64_t width, A* mean, A* varianc
 }
 
 template <class A>
-void normalize(A* y, int64_t n, int64_t width, const BatchNorm<A>& norm) {
+void normalize(A* y, int64_t n, int64_t width, const Norm<A>& norm) {
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < width; ++j)
       y[i * width + j] =
@@ -72,7 +55,7 @@ void normalize(A* y, int64_t n, int64_t width, const BatchNorm<A>& norm) {
 // dy [n][width] from behind the norm of y to in front of it, in place; and its parameters'.
 template <class A>
 void norm_gradient(
-    A* dy, const A* y, int64_t n, int64_t width, const BatchNorm<A>& norm, A* dgamma, A* dbeta) {
+    A* dy, const A* y, int64_t n, int64_t width, const Norm<A>& norm, A* dgamma, A* dbeta) {
   for (int64_t j = 0; j < width; ++j) {
     double sums = 0, products = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -148,7 +131,7 @@ Mlp<A> read_mlp(
   m.b1 = values<A>(params[3], "bias1", {c}, arena);
   STD_TORCH_CHECK(m.w0 && m.w1, "weight0, weight1: expected [h, C] and [C, h], got none");
   for (int i = 0; i < 2; ++i) {
-    BatchNorm<A>& norm = i ? m.outer : m.inner;
+    Norm<A>& norm = i ? m.outer : m.inner;
     const int64_t width = i ? c : h;
     const Tensor* t = &params[size_t(4 + 4 * i)];
     norm.exists = norms[size_t(2 * i)], norm.batch = norms[size_t(2 * i + 1)];
@@ -157,8 +140,8 @@ Mlp<A> read_mlp(
     norm.beta = values<A>(t[1], "beta", {width}, arena);
     norm.mean = values<A>(t[2], "mean", {width}, arena);
     norm.variance = values<A>(t[3], "var", {width}, arena);
-    norm.rstd = arena.take<A>(width), norm.scale = arena.take<A>(width);
     if (!norm.exists) continue;
+    norm.make_room(width, arena);
     STD_TORCH_CHECK(
         norm.batch || (norm.mean && norm.variance),
         "mean, var: expected running statistics of a norm that uses them, got none");
@@ -196,7 +179,7 @@ void forward(Mlp<A>& m, const Tensor& logits, const Tensor& kept, const Tensor* 
   const int64_t n = m.n, h = m.hidden, c = m.channels;
   A* y = result<A>(kept, "kept", {n, h});
   A* out = result<A>(logits, "logits", {n, c});
-  auto through = [&](BatchNorm<A>& norm, A* values, int64_t width, const Tensor* statistics) {
+  auto through = [&](Norm<A>& norm, A* values, int64_t width, const Tensor* statistics) {
     if (!norm.exists) return;
     if (norm.batch) {
       A* mean = result<A>(statistics[0], "mean", {width});
@@ -224,14 +207,14 @@ void backward(
   const A* y = values<A>(kept, "kept", {n, h}, arena);
   const A* dl = values<A>(dlogits, "dlogits", {n, c}, arena);
   STD_TORCH_CHECK(y && dl, "kept, dlogits: expected [N, h] and [N, C], got none");
-  auto known = [&](BatchNorm<A>& norm, const A* values, int64_t width) {
+  auto known = [&](Norm<A>& norm, const A* values, int64_t width) {
     if (!norm.exists || !norm.batch) return;
     A *mean = arena.take<A>(width), *variance = arena.take<A>(width);
     column_statistics(values, n, width, mean, variance);
     norm.mean = mean, norm.variance = variance;
     norm.settle(width);
   };
-  auto write_norm = [&](const BatchNorm<A>& norm, A* dy, const A* values, int64_t width, size_t at) {
+  auto write_norm = [&](const Norm<A>& norm, A* dy, const A* values, int64_t width, size_t at) {
     if (!norm.exists) return;
     A *dgamma = arena.take<A>(width), *dbeta = arena.take<A>(width);
     norm_gradient(dy, values, n, width, norm, dgamma, dbeta);

@@ -115,7 +115,7 @@ inline bool absent(const Tensor& t) { return t.numel() == 0; }
 template <class A>
 const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena);
 
-// The same of results: written to by `finish`.
+// n values into a dense result of any dtype.
 template <class A>
 void write_values(const A* from, const Tensor& to, int64_t n);
 

@@ -1,33 +1,14 @@
 // The spatial branch behind the reduction (Eq. 4) in training, forward and backward, on hidden maps
 // of the whole batch: [N][P][ld] in the accumulator's type, 1/16 of x's size.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 
 #include "launch.h"
+#include "norm.h"
 #include "operators.h"
 
 namespace bam {
 
 namespace {
-
-template <class A>
-struct Norm {
-  const A *gamma = nullptr, *beta = nullptr;
-  bool batch = false;
-  double eps = 0;
-  const A *mean = nullptr, *variance = nullptr;
-  // From mean and variance: z -> (z - mean) * rstd, and (z - mean) * scale + beta = z * scale + shift.
-  A *rstd = nullptr, *scale = nullptr, *shift = nullptr;
-
-  void settle(int64_t width) {
-    for (int64_t i = 0; i < width; ++i) {
-      rstd[i] = A(1) / std::sqrt(variance[i] + A(eps));
-      scale[i] = rstd[i] * (gamma ? gamma[i] : A(1));
-      shift[i] = (beta ? beta[i] : A(0)) - mean[i] * scale[i];
-    }
-  }
-};
 
 // Everything of one call but the maps.
 template <class A>
@@ -36,11 +17,10 @@ struct Branch {
   int64_t h, ld, dilation;
   int64_t parts;  // of each sample
   bool threads;
-  std::vector<const A*> weights, biases;  // packed, padded
+  std::vector<const A*> weights, biases;   // packed, padded
   std::vector<const A*> gradient_weights;  // packed for the gradient, where that is asked for
   const A *project, *project_bias;
   std::vector<Norm<A>> hidden;  // none, or one in front of each convolution and of the projection
-  bool has_final;
   Norm<A> final;
 
   int64_t map_size() const { return v.p * ld; }
@@ -197,9 +177,8 @@ Branch<A> read_branch(const Arguments& a, bool gradient, Arena& arena) {
       norm.gamma = read(a.gammas[i], "gammas");
       norm.beta = read(a.betas[i], "betas");
     }
-    norm.batch = a.batch_stats[i], norm.eps = a.eps[i];
-    norm.rstd = arena.take<A>(room), norm.scale = arena.take<A>(room);
-    norm.shift = arena.take<A>(room);
+    norm.exists = true, norm.batch = a.batch_stats[i], norm.eps = a.eps[i];
+    norm.make_room(room, arena);
     if (!norm.batch) {
       STD_TORCH_CHECK(
           known < a.means.size() && known < a.variances.size(),
@@ -211,7 +190,6 @@ Branch<A> read_branch(const Arguments& a, bool gradient, Arena& arena) {
     if (inner) b.hidden.push_back(norm);
     else b.final = norm;
   }
-  b.has_final = a.norm;
   return b;
 }
 
@@ -267,7 +245,7 @@ void forward(const Arguments& a, const Tensor& logits, const Tensor& statistics)
   const int64_t n = b.positions();
   const A bias = b.project_bias ? *b.project_bias : A(0);
   for (int64_t i = 0; i < n; ++i) out[i] += bias;
-  if (b.has_final) {
+  if (b.final.exists) {
     if (b.final.batch) {
       A* at = room(b.final, 1);
       scalar_statistics(out, n, at, at + 1);
@@ -326,7 +304,7 @@ void backward(
     norm.settle(room);
   };
   for (Norm<A>& norm : b.hidden) known(norm, h, ld);
-  if (b.has_final) known(b.final, 1, 1);
+  if (b.final.exists) known(b.final, 1, 1);
   const bool normed = !b.hidden.empty();
 
   // The maps anew: z[i] in front of a norm, a[i] behind norm and ReLU.
@@ -349,7 +327,7 @@ void backward(
   A* norms_out = mutable_data<A>(dnorms);
   A* final_out = norms_out + (normed ? 2 * h * int64_t(count + 1) : 0);
   double dbias = 0;
-  if (b.has_final) {
+  if (b.final.exists) {
     A* q = arena.take<A>(total);
     b.projection(act[count], q);
     const A mean = *b.final.mean - (b.project_bias ? *b.project_bias : A(0));

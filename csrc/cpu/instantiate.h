@@ -1,4 +1,4 @@
-// Fills the tables of one instruction set: include after defining BAM_ISA, BAM_BYTES, BAM_TABLES.
+// Fills the tables of one instruction set: include after defining BAM_ISA and BAM_BYTES.
 #pragma once
 
 #include "conv.h"
@@ -8,10 +8,6 @@
 namespace bam {
 namespace BAM_ISA {
 
-template <class S>
-void widen_all(const S* from, Acc<S>* to, int64_t n) {
-  widen_row<S>(from, to, n);
-}
 template <class S>
 void narrow_all(const Acc<S>* from, S* to, int64_t n) {
   constexpr int W = kLanes<Acc<S>>;
@@ -57,20 +53,40 @@ void linear(
 template <class S>
 const Kernels<S>* table_of() {
   static const Kernels<S> table = {
-      kLanes<Acc<S>>,     reduce_scratch<S>,        reduce<S>,
-      gate<S>,            gate_gradient<S>,         gradient_scratch<Acc<S>>,
-      input_gradient<S>,  weight_gradient_scratch<Acc<S>>, weight_gradient<S>,
-      widen_all<S>,       narrow_all<S>,
+      kLanes<Acc<S>>,
+      reduce_scratch<S>,
+      reduce<S>,
+      gate<S>,
+      gate_gradient<S>,
+      gradient_scratch<Acc<S>>,
+      input_gradient<S>,
+      weight_gradient_scratch<Acc<S>>,
+      weight_gradient<S>,
+      widen_row<S>,
+      narrow_all<S>,
   };
   return &table;
 }
 template <class A>
 const WideKernels<A>* wide_table_of() {
   static const WideKernels<A> table = {
-      kLanes<A>,         transpose<A>,  transpose_taps<A>,      product<A>,   conv<A>,
-      conv_weight_gradient<A>, add<A>, project<A>,    moments<A>,   activate<A>,
-      project_gradient<A>, norm_sums<A>, norm_gradient<A>,
-      exp_negative<A>,   sigmoid_all<A>,      sigmoid_slope<A>, linear<A>,
+      kLanes<A>,
+      transpose<A>,
+      transpose_taps<A>,
+      product<A>,
+      conv<A>,
+      conv_weight_gradient<A>,
+      add<A>,
+      project<A>,
+      moments<A>,
+      activate<A>,
+      project_gradient<A>,
+      norm_sums<A>,
+      norm_gradient<A>,
+      exp_negative<A>,
+      sigmoid_all<A>,
+      sigmoid_slope<A>,
+      linear<A>,
   };
   return &table;
 }

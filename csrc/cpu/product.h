@@ -233,7 +233,7 @@ BAM_INLINE bool lines_collide(int64_t line) {
 
 // n values in the accumulator's type.
 template <class S>
-BAM_INLINE void widen_row(const S* from, Acc<S>* to, int64_t n) {
+inline void widen_row(const S* from, Acc<S>* to, int64_t n) {
   constexpr int W = kLanes<Acc<S>>;
   int64_t i = 0;
   for (; i + W <= n; i += W) store(to + i, load(from + i));

@@ -58,9 +58,8 @@ void reduce_rows(const Reduce<S>& r, int64_t p0, int64_t p1, Acc<S>* pool, Acc<S
         else if (copy) widen_row<S>(row, wide, n);
       }
       if (!r.hidden) continue;
-      Term<A> term{nullptr, r.weight + c * r.ld};
+      Term<A> term{scratch, r.weight + c * r.ld};
       int64_t step = kReduceRows;
-      term.a = scratch;
       if constexpr (sizeof(S) != 2)
         if (!copy) term.a = x, step = r.line;
       product<A>(

@@ -186,26 +186,6 @@ BAM_INLINE void store_n(S* p, Vec<Acc<S>> v, int n) {
   std::memcpy(p, part, size_t(n) * sizeof(S));
 }
 
-template <class S>
-BAM_INLINE Acc<S> load_one(const S* p) {
-  if constexpr (sizeof(S) == 2) {
-    S part[kLanes<float>] = {*p};
-    return load(part)[0];
-  } else {
-    return *p;
-  }
-}
-template <class S>
-BAM_INLINE void store_one(S* p, Acc<S> value) {
-  if constexpr (sizeof(S) == 2) {
-    S part[kLanes<float>];
-    store(part, splat(value));
-    *p = part[0];
-  } else {
-    *p = value;
-  }
-}
-
 // --- arithmetic -------------------------------------------------------------------------------
 
 // Lanes added as a tree: the order depends on the width of the vector alone.
@@ -222,31 +202,6 @@ BAM_INLINE A sum(Vec<A> v) {
   return part[0];
 #endif
 }
-
-// The sums of sixteen vectors' lanes, by folding them pairwise: a third of the work of sixteen sums.
-#if defined(__AVX512F__)
-BAM_INLINE __m512 fold_pairs(__m512 a, __m512 b) {
-  return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-}
-BAM_INLINE __m512 fold_fours(__m512 a, __m512 b) {
-  return _mm512_add_ps(
-      _mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-}
-BAM_INLINE Vec<float> sums_of_16(const Vec<float> (&v)[16]) {
-  __m512 fours[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)  // lane 4 k + j: the sum over lanes of block k of v[4 i + j]
-    fours[i] = fold_fours(
-        fold_pairs((__m512)v[4 * i], (__m512)v[4 * i + 1]),
-        fold_pairs((__m512)v[4 * i + 2], (__m512)v[4 * i + 3]));
-  const __m512 a = _mm512_add_ps(
-      _mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
-  const __m512 b = _mm512_add_ps(
-      _mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
-  return (Vec<float>)_mm512_add_ps(
-      _mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-}
-#endif
 
 // NaN stays NaN in both.
 template <class A>
