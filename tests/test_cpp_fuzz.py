@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 
 import pytest
 import torch
 from cases import COMBINES, DTYPES, PRESETS
 from kinks import module_and_input, without_kinks
 from test_cpp_parity import cpp, run, threads  # noqa: F401 - a fixture of every test here
-from test_module import gathered, randomize, twin
-from tolerances import PARITY, Errors
+from test_module import gathered, randomize, rounded_step, twin
+from tolerances import PARITY, Errors, Sway
 from torch import Tensor, nn
 
 from bam_kernels import BAM, explain
@@ -153,12 +154,16 @@ def check(case: Case) -> None:
         if x.is_contiguous(memory_format=fmt):
             assert found["out"].is_contiguous(memory_format=fmt)
     scales = {k: v.norm().item() for k, v in want.items() if k.startswith("d") and v is not None}
-    found, want, peer = (gathered(each, scales or {"": 1.0}) for each in (found, want, peer))
+    scales = scales or {"": 1.0}
+    found, want, peer = (gathered(each, scales) for each in (found, want, peer))
+    call = partial(run, mode=case.mode)
+    again = partial(rounded_step, truth, x, dout, case.dtype, call)
+    sway = Sway(lambda: gathered(again(), scales), want)
     errors = Errors()
     for key, b in want.items():
         if key in scales and key != "dx" and not comparable(case, key, b):
             continue
-        errors.add(key, found[key], b, peer[key], together=key in scales and key != "dx")
+        errors.add(key, found[key], b, peer[key], sway, key in scales and key != "dx")
     errors.check(peers=False) if case.dtype == F64 else None
 
 

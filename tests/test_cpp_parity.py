@@ -10,14 +10,15 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 from cases import COMBINES, DTYPES, PRESETS, make_map, memory_format, name
 from kinks import module_and_input, without_kinks
 from test_determinism import bits, same
-from test_module import LONE, gathered, randomize, step, twin
-from tolerances import PARITY, Errors, assert_parity, relative_error
+from test_module import LONE, gathered, randomize, rounded_step, step, twin
+from tolerances import PARITY, Errors, Sway, assert_parity, relative_error
 from torch import Tensor, nn
 
 import bam_kernels
@@ -123,12 +124,15 @@ def compare(
                 assert found[key] == want[key], key
         scales = {k: v.norm().item() for k, v in want.items() if k.startswith("d")} or {"": 1.0}
         found, want, peer = (gathered(each, scales) for each in (found, want, peer))
+        call = partial(run, mode=mode)
+        again = partial(rounded_step, truth, x, dout, dtype, call)
+        sway = Sway(lambda again=again, scales=scales: gathered(again(), scales), want)
         for key, b in want.items():
             # A single number may sum noise over the map, in eval mode too where a product's
             # gradients have c's signs: in fewer digits than float64's its error is luck.
             if (b.numel() == 1 or key == LONE) and dtype != F64:
                 continue
-            errors.add(key, found[key], b, peer[key], together=key in scales and key != "dx")
+            errors.add(key, found[key], b, peer[key], sway, key in scales and key != "dx")
     errors.check(peers=draws >= 5)
 
 

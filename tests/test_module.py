@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from cases import COMBINES, LAYOUTS, PRESETS, make_map, memory_format, name
 from kinks import module_and_input, without_kinks
-from tolerances import Errors, means_with_variances
+from tolerances import Errors, Sway, means_with_variances, rounded_anew, with_rounded_parameters
 from torch import nn
 
 import bam_kernels
@@ -70,6 +72,18 @@ def gathered(found: dict[str, torch.Tensor], scales: dict[str, float]) -> dict[s
     return kept
 
 
+def rounded_step(
+    truth: nn.Module,
+    x: torch.Tensor,
+    dout: torch.Tensor,
+    dtype: torch.dtype,
+    call: Callable[..., dict[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """What the float64 module leaves behind once it and x are rounded, as compared."""
+    module = with_rounded_parameters(truth, dtype)
+    return call(module, rounded_anew(x.double(), dtype), dout.double())
+
+
 def with_their_weights(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A bias of one number, a sum over the whole map that may cancel, as one vector with the
     gradient of its layer's weight."""
@@ -104,15 +118,20 @@ def compare(make, shape, dtype, device, layout="nchw", train=True, draws=1):
             if key.endswith("num_batches_tracked"):
                 assert found[key] == want[key], key
         scales = {key: value.norm().item() for key, value in want.items() if key.startswith("d")}
-        found, want, peer = (gathered(each, scales) for each in (found, want, peer))
-        if dtype != torch.float64 and not train:
-            found, want, peer = map(with_their_weights, (found, want, peer))
+
+        def compared(each, scales=scales):
+            each = gathered(each, scales)
+            return with_their_weights(each) if dtype != torch.float64 and not train else each
+
+        found, want, peer = map(compared, (found, want, peer))
+        again = partial(rounded_step, truth, x, dout, dtype, step)
+        sway = Sway(lambda again=again, compared=compared: compared(again()), want)
         for key, b in want.items():
             # A single number that sums noise over the whole map: any error relative to it is
             # luck. Eval mode has sums of one sign, float64 has digits to spare; both check them.
             if (b.numel() == 1 or key == LONE) and train and dtype != torch.float64:
                 continue
-            errors.add(key, found[key], b, peer[key], together=key in scales and key != "dx")
+            errors.add(key, found[key], b, peer[key], sway, key in scales and key != "dx")
     errors.check(peers=draws >= 5)
 
 
