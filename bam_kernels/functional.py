@@ -133,12 +133,13 @@ def bam(
     if reason is not None:
         log_once(f"running plain PyTorch: {reason}")
         return _plain(x, channel, spatial, combine, residual, observer)
-    if backend == "cpp" and observer is None:
+    # Under autocast a module of float32 parameters takes another x: the operator casts.
+    if backend == "cpp" and observer is None and torch.is_autocast_enabled("cpu"):
         arguments = inference.arguments(x, channel, spatial, combine, residual)
         if arguments is not None:
             return torch.ops.bam_kernels.bam(x, *arguments)
     if observer is None:
-        out = training.refine(x, channel, spatial, combine, residual)
+        out = training.refine(x, channel, spatial, combine, residual, backend)
         if out is not None:
             return out
 

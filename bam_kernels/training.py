@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from bam_kernels import layout
 from bam_kernels.backends import reference
-from bam_kernels.backends.reference import norm_widths, split_pairs
+from bam_kernels.backends.reference import split_pairs
 from bam_kernels.fusable import unfusable_mlp, unfusable_spatial, uses_batch_stats
-from bam_kernels.ops.registry import backend_of, differentiable_backward, no_autocast
+from bam_kernels.ops.registry import backend_module, differentiable_backward, no_autocast
 from bam_kernels.reference import ChannelBranch, SpatialBranch
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -125,13 +125,13 @@ class SpatialCall:
     tensors: list[Any]
     options: tuple[Any, ...]
     norms: list[nn.BatchNorm2d]
-    batch_stats: list[bool]
 
     def taken(self, statistics: Tensor, n: int) -> list[Taken]:
         """By the operator's second output."""
-        if not any(self.batch_stats):
+        batch_stats = self.options[2]
+        if not any(batch_stats):
             return []
-        rows = split_pairs(statistics, [norm.num_features for norm in self.norms], self.batch_stats)
+        rows = split_pairs(statistics, [norm.num_features for norm in self.norms], batch_stats)
         return [
             Taken(norm, row[0], row[1], n)
             for norm, row in zip(self.norms, rows, strict=True)
@@ -167,7 +167,6 @@ def spatial_call(branch: SpatialBranch) -> SpatialCall:
             convs[0].dilation[0] if convs else 1,
         ),
         norms,
-        batch_stats,
     )
 
 
@@ -175,7 +174,7 @@ def spatial_call(branch: SpatialBranch) -> SpatialCall:
 
 
 class _Call:
-    """One forward: how the flat tensors of the function belong together, and what it leaves."""
+    """What a forward and its backward run, and how the function's flat tensors belong together."""
 
     def __init__(
         self,
@@ -210,10 +209,18 @@ class _Call:
             at += 1 if length is None else length
         return channel, spatial
 
+    def arguments(self, flat: Sequence[Any]) -> tuple[Tensor | None, list[Any], list[Any]]:
+        """The reduction's weight and both branches' tensors, as the backends' functions take them:
+        the weights of 1x1 convolutions as matrices and vectors."""
+        channel, spatial = self.split(flat)
+        if self.spatial is None:
+            return None, channel, spatial
+        spatial[2] = spatial[2].flatten()
+        return flat[0].flatten(1), channel, spatial
+
     def compose(self, x: Tensor, *flat: Tensor | None) -> Tensor:
         """The same module of plain operators, which autograd can differentiate to any order."""
-        channel, spatial = self.split(flat)
-        weight = None if flat[0] is None else flat[0].flatten(1)
+        weight, channel, spatial = self.arguments(flat)
         pooled, reduced = reference.pool_reduce_forward(
             x, weight, flat[1], self.channel is not None
         )
@@ -221,7 +228,6 @@ class _Call:
         if self.channel is not None:
             c = reference.channel_mlp_forward(pooled, *channel, *self.channel.options)[0]
         if self.spatial is not None:
-            spatial[2] = spatial[2].flatten()
             s = reference.spatial_branch_forward(reduced, *spatial, *self.spatial.options)[0]
         return reference.gate_forward(x, c, s, self.combine, self.residual)
 
@@ -230,9 +236,8 @@ class _Refine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, *flat: Tensor | None) -> Tensor:
         run = call.backend
-        channel, spatial = call.split(flat)
+        weight, channel, spatial = call.arguments(flat)
         seen = layout.walkable(x)
-        weight = None if flat[0] is None else flat[0].flatten(1)
         pooled, reduced = run.pool_reduce_forward(seen, weight, flat[1], call.channel is not None)
         c = s = kept = statistics = None
         norms: list[Taken] = []
@@ -240,7 +245,6 @@ class _Refine(torch.autograd.Function):
             c, kept, *taken = run.channel_mlp_forward(pooled, *channel, *call.channel.options)
             norms += call.channel.taken(taken, x.shape[0])
         if call.spatial is not None:
-            spatial[2] = spatial[2].flatten()
             s, statistics = run.spatial_branch_forward(reduced, *spatial, *call.spatial.options)
             n, _, h, w = x.shape
             norms += call.spatial.taken(statistics, n * h * w)
@@ -282,7 +286,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Of x and of the flat tensors, what is needed of them."""
     run = call.backend
-    channel, spatial = call.split(flat)
+    weight, channel, spatial = call.arguments(flat)
     need_x, need_weight, need_bias = needs[:3]
     need_channel, need_spatial = call.split(needs[1:])
     need_reduced = need_x or need_weight or need_bias
@@ -303,14 +307,12 @@ def _gradients(
         # From the gradients' order to the arguments': the statistics have none.
         channel_grads = [*grads[:6], None, None, *grads[6:], None, None]
     if through_s:
-        spatial[2] = spatial[2].flatten()
         dreduced, spatial_grads = _spatial_gradients(
             call, dspatial, statistics, reduced, spatial, need_spatial, need_reduced
         )
     dx, dweight, dbias = run.input_gradient(
         dout, x, c, s, dpooled if need_x else None, dreduced if need_reduced else None,
-        None if flat[0] is None else flat[0].flatten(1), call.combine, call.residual,
-        need_x, need_weight, need_weight and need_bias,
+        weight, call.combine, call.residual, need_x, need_weight, need_weight and need_bias,
     )  # fmt: skip
     if need_bias and not need_weight:
         dbias = dreduced.sum(dim=(0, 2, 3))
@@ -337,21 +339,18 @@ def _spatial_gradients(
     need_reduced: bool,
 ) -> tuple[Tensor, list[Any]]:
     """Of the reduction, and of the spatial branch's tensors."""
+    options = call.spatial.options
     need_convs = any(needs[0]) or any(needs[1])
-    dreduced, dconvs, dprojection, dnorms = call.backend.spatial_branch_backward(
-        dlogits, statistics, reduced, *spatial, *call.spatial.options, need_reduced, need_convs
+    dreduced, *packed = call.backend.spatial_branch_backward(
+        dlogits, statistics, reduced, *spatial, *options, need_reduced, need_convs
     )
-    weights, biases = spatial[:2]
-    hidden = reduced.shape[1]
-    grads: list[Any] = [None if n is None else [None] * n for n in call.lengths]
-    if need_convs:
-        rows = dconvs.view(len(weights), -1)
-        grads[0] = [rows[i, :-hidden] for i in range(len(weights))]
-        grads[1] = [rows[i, -hidden:] for i in range(len(biases))]
-    grads[2], grads[3] = dprojection[:hidden], dprojection[hidden:]
-    if spatial[4] and (any(needs[4]) or any(needs[5])):
-        pairs = split_pairs(dnorms, norm_widths(hidden, len(weights), *call.spatial.options[:2]))
-        grads[4], grads[5] = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    found = reference.split_spatial_gradients(*packed, len(spatial[0]), *options[:2])
+    absent = [None if n is None else [None] * n for n in call.lengths]
+    # No list where none was asked for, and none where there are no such tensors.
+    grads = [
+        each if none is None or len(each) == len(none) else none
+        for each, none in zip((*found, [], []), absent, strict=True)
+    ]
     return dreduced, grads
 
 
@@ -361,9 +360,10 @@ def refine(
     spatial: SpatialBranch | None,
     combine: str,
     residual: bool,
+    backend: str,
 ) -> Tensor | None:
-    """The module's output, batch norms' buffers updated; None where the operators must be seen, or
-    where part of a branch runs as PyTorch's own.
+    """The module's output by a backend's functions, batch norms' buffers updated; None where the
+    operators must be seen, or where part of a branch runs as PyTorch's own.
 
     The branches are what `fusable.unfusable` lets pass, and x what `functional` has checked.
     """
@@ -385,7 +385,7 @@ def refine(
         None if spatial is None else spatial_call(spatial),
         combine,
         residual,
-        backend_of(x),
+        backend_module(backend),
     )
     flat = call.flat(weight, bias)
     if any(t is not None and type(t) not in _PLAIN for t in flat):

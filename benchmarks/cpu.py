@@ -112,6 +112,8 @@ def parser() -> argparse.ArgumentParser:
     add("--no-memory", action="store_true", help="leave out peak memory, measured in processes")
     add("--json", type=Path, metavar="FILE", help="write every figure there")
     add("--check", action="store_true", help="judge the bars; exit status 1 if one is missed")
+    add("--table", type=Path, metavar="FILE",
+        help="run nothing: print what --json wrote as a Markdown table, the README's")  # fmt: skip
     add("--list", action="store_true", help="say what would run, and which peers are there")
     return made
 
@@ -325,6 +327,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Console(width=None if sys.stdout.isatty() else WIDTH)
     if args.list:
         show_list(out)
+        return 0
+    if args.table is not None:
+        try:
+            table = cpu_report.markdown(json.loads(args.table.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            expected = "expected a file of --json's"
+            command.error(f"argument --table: {expected}, got {args.table}: {reason}")
+        print(table)
         return 0
     if args.json is not None and not args.json.resolve().parent.is_dir():
         command.error(f"argument --json: no such folder: {args.json.resolve().parent}")

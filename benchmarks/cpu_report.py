@@ -227,6 +227,27 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def markdown(result: Mapping[str, Any], preset: str = "paper") -> str:
+    """The README's table: a line a mode, dtype and site of a preset, times in ms."""
+    names = ("mode", "dtype", "site", *(f"ours, {_LAYOUTS[key]}" for key in cpu_peers.LAYOUTS))
+    names += ("best peer", "its time", *(f"ratio, {_LAYOUTS[key]}" for key in cpu_peers.LAYOUTS))
+    lines = [names, ["---"] * len(names)]
+    for each in result["rows"]:
+        if each["preset"] != preset:
+            continue
+        sides, best = each["sides"], each["best_peer"]
+        ours = (sides.get(f"{cpu_peers.OURS} {key}") for key in cpu_peers.LAYOUTS)
+        cells = [each["mode"], each["dtype"], each["site"]]
+        cells += ["-" if side is None else f"{side['median_ms']:.2f}" for side in ours]
+        cells += ["-", "-"] if best is None else [best, f"{sides[best]['median_ms']:.2f}"]
+        ratios = (each["ratios"].get(key) for key in cpu_peers.LAYOUTS)
+        lines.append([*cells, *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+_LAYOUTS = {sites.NCHW: "NCHW", sites.CHANNELS_LAST: "channels_last"}
+
+
 def show_bars(found: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Each bar on a line, pass or miss."""
     for each in found:

@@ -273,6 +273,9 @@ def test_check_sets_the_exit_status():
     assert "bars passed" in done.stdout.splitlines()[-1]
 
 
+OTHER_RESULTS = ROOT / "benchmarks" / "results" / "traffic.json"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -283,6 +286,9 @@ def test_check_sets_the_exit_status():
         (["--rounds", "0"], "argument --rounds: expected a whole number of at least 1, got '0'"),
         (["--threads", "two"], "argument --threads: expected a whole number"),
         (["--json", "/nowhere/cpu.json"], "argument --json: no such folder: /nowhere"),
+        (["--table", "/nowhere/cpu.json"], "argument --table: expected a file of --json's"),
+        (["--table", str(ROOT / "README.md")], "argument --table: expected a file of --json's"),
+        (["--table", str(OTHER_RESULTS)], "traffic.json: no 'sides'"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,17 @@ def test_python_blocks_run(large_tiles, seed):
     x, y = namespace["x"], namespace["y"]
     assert isinstance(y, torch.Tensor) and y.shape == x.shape and not torch.equal(x, y)
     assert namespace["maps"]["layer2.bam"].spatial_map.shape == (1, 28, 28)
+
+
+def test_the_table_of_times_is_the_results_file():
+    """`benchmarks/cpu.py --table` prints it."""
+    pytest.importorskip("rich")
+    file = "benchmarks/results/cpu-xeon-2-threads.json"
+    command = (sys.executable, "benchmarks/cpu.py", "--table", file)
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows = json.loads((ROOT / file).read_text())["rows"]
+    assert told.count("\n") == 2 + sum(row["preset"] == "paper" for row in rows) > 2
+    assert told in README
 
 
 def test_the_table_is_the_results_file():

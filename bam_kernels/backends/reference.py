@@ -316,6 +316,33 @@ def split_pairs(
     return rows
 
 
+def split_spatial_gradients(
+    dconvs: Tensor,
+    dprojection: Tensor,
+    dnorms: Tensor,
+    convolutions: int,
+    hidden_norm: bool,
+    norm: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """What `spatial_branch_backward` packs together, in the backend's dtypes: the gradients of the
+    convolutions' weights (flat) and biases, of the projection's weight and bias, of the norms'
+    scales and shifts.
+
+    The convolutions' are empty lists where they were not asked for.
+    """
+    hidden = dprojection.numel() - 1
+    rows = dconvs.view(convolutions, -1).unbind() if dconvs.numel() > 0 else ()
+    pairs = split_pairs(dnorms, norm_widths(hidden, convolutions, hidden_norm, norm))
+    return (
+        [row[:-hidden] for row in rows],
+        [row[-hidden:] for row in rows],
+        dprojection[:hidden],
+        dprojection[hidden:],
+        [pair[0] for pair in pairs],
+        [pair[1] for pair in pairs],
+    )
+
+
 def spatial_branch_forward(
     reduced: Tensor,
     weights: list[Tensor],

@@ -19,7 +19,11 @@ library = torch.library.Library("bam_kernels", "DEF")
 
 def backend_of(x: Tensor) -> ModuleType:
     """The module whose functions compute the operators for x."""
-    backend = dispatch.choose_backend(x)
+    return backend_module(dispatch.choose_backend(x))
+
+
+def backend_module(backend: str) -> ModuleType:
+    """The module of functions behind a name that `dispatch.choose_backend` gives."""
     if backend == "triton":
         from bam_kernels.backends import triton
 

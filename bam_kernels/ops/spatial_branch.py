@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -111,43 +111,27 @@ def _backward(ctx, dlogits, _):
     if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dlogits):
         return *_differentiable(ctx, dlogits, flat), *rest
     inputs = _unflatten(flat, ctx.lengths)
-    reduced, weights, biases, _, project_bias, gammas, betas = inputs[:7]
-    need_reduced, need_weights, need_biases, need_project, need_bias, *need_affine = (
-        ctx.needs_input_grad[:7]
+    needs = ctx.needs_input_grad[:7]
+    need_convs = any(needs[1]) or any(needs[2])
+    dreduced, *packed = torch.ops.bam_kernels.spatial_branch_backward(
+        dlogits, statistics, *inputs, *ctx.options, needs[0], need_convs
     )
-    need_convs = any(need_weights) or any(need_biases)
-    dreduced, dconvs, dprojection, dnorms = torch.ops.bam_kernels.spatial_branch_backward(
-        dlogits, statistics, *inputs, *ctx.options, need_reduced, need_convs
-    )
-    hidden = reduced.shape[1]
-    widths = reference.norm_widths(hidden, len(weights), *ctx.options[:2])
-    dweights, dbiases = [None] * len(weights), [None] * len(biases)
-    if need_convs:
-        rows = dconvs.view(len(weights), -1)
-        for i, weight in enumerate(weights):
-            dweights[i] = rows[i, : weight.numel()].view(weight.shape)
-        for i, bias in enumerate(biases):
-            dbiases[i] = rows[i, -hidden:].to(bias.dtype)
-    dgammas, dbetas = [None] * len(gammas), [None] * len(betas)
-    if gammas and any(map(any, need_affine)):
-        split = reference.split_pairs(dnorms, widths)
-        dgammas = [pair[0].to(t.dtype) for pair, t in zip(split, gammas, strict=True)]
-        dbetas = [pair[1].to(t.dtype) for pair, t in zip(split, betas, strict=True)]
+    grads = reference.split_spatial_gradients(*packed, len(inputs[1]), *ctx.options[:2])
+    found = [dreduced, *grads]
     return (
-        dreduced if need_reduced else None,
-        _where(need_weights, dweights),
-        _where(need_biases, dbiases),
-        dprojection[:hidden] if need_project else None,
-        dprojection[hidden:].to(project_bias.dtype) if need_bias else None,
-        _where(need_affine[0], dgammas),
-        _where(need_affine[1], dbetas),
+        *(_where(*each) for each in zip(needs, found, inputs[:7], strict=True)),
         *none[7:],
         *rest,
     )
 
 
-def _where(needs: list[bool], grads: list[Tensor | None]) -> list[Tensor | None]:
-    return [grad if need else None for need, grad in zip(needs, grads, strict=True)]
+def _where(need: Any, grad: Any, like: Any) -> Any:
+    """A gradient, or a list of them, where it is needed: in the argument's shape and dtype."""
+    if not isinstance(need, Sequence):
+        return grad.view(like.shape).to(like.dtype) if need else None
+    if not need:
+        return []
+    return [_where(*each) for each in zip(need, grad or need, like, strict=True)]
 
 
 register_autograd("spatial_branch", _setup, _backward)
