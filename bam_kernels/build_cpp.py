@@ -324,7 +324,7 @@ def _ninja_file(
         f"flags = {_words(common)}",
         f"link = {_words(link)}",
         "rule compile",
-        "  command = $cxx $flags $own -MMD -MF $out.d -c $in -o $out",
+        "  command = $cxx $own $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $in",

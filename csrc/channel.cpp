@@ -79,7 +79,7 @@ void linear(
     const Mlp<A>& m, const A* w, const A* bias, const A* x, int64_t ins, int64_t outs, A* y) {
   parallel(m.threads, m.n, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      wide_kernels<A>().linear(w, x + i * ins, outs, ins, nullptr, bias, false, y + i * outs);
+      kernels<A>().linear(w, x + i * ins, outs, ins, nullptr, bias, false, y + i * outs);
   });
 }
 

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "launch.h"
+#include "hidden_maps.h"
 #include "operators.h"
 
 namespace bam {
@@ -60,39 +60,24 @@ Affine<A> read_norm(
   return folded(bias, v[0], v[1], v[2], v[3], r.next_eps(), n, ld, arena);
 }
 
-// As `values`, of what cannot be absent.
-template <class A>
-const A* required(
-    const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena) {
-  const A* p = values<A>(t, name, shape, arena);
+// What cannot be absent.
+template <class T>
+const T* required(const T* p, const char* name, std::initializer_list<int64_t> shape) {
   STD_TORCH_CHECK(
       p != nullptr, name, ": expected shape ", shape_text(shape.begin(), int64_t(shape.size())),
       ", got a tensor without elements");
   return p;
 }
-
 template <class A>
-struct Linear {
-  const A* weight;
-  Affine<A> affine;
-  int64_t outs, ins;
-};
+const A* required(
+    const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena) {
+  return required(values<A>(t, name, shape, arena), name, shape);
+}
 
-template <class S>
-struct Module {
-  using A = AccOf<S>;
-  Combine combine;
-  bool residual, has_channel, has_spatial;
-  std::vector<Linear<A>> mlp;
-  const A* reduce = nullptr;
-  Affine<A> reduce_affine;
-  std::vector<const A*> convs;
-  std::vector<Affine<A>> conv_affines;
-  const A* project = nullptr;
-  A final_scale = 1, final_shift = 0;
-  int64_t hidden = 0, ld = 0, dilation = 1, widest = 0;  // ld: the hidden width in whole vectors
-  bool by_output = false;  // whether threads that share a sample share out a convolution's outputs
-};
+const char* const kReduce = "spatial.reduce";
+const char* const kConv = "spatial.dilated";
+// The least hidden width for matrix units: below, half of a tile and more would be padding.
+constexpr int64_t kLeastTiled = 9;
 
 template <class S>
 Module<S> read_module(
@@ -121,7 +106,14 @@ Module<S> read_module(
     STD_TORCH_CHECK(
         weight.dim() == 2, "channel.fc: expected a [out, in] weight, got ", weight.dim(), " axes");
     const int64_t outs = last ? v.c : weight.size(0);
-    Linear<A> layer{required<A>(weight, "channel.fc", {outs, ins}, arena), {}, outs, ins};
+    Linear<S> layer{nullptr, nullptr, {}, outs, ins};
+    if (sizeof(S) == 2 && weight.scalar_type() == TypeOf<S>::value && weight.is_contiguous()) {
+      check_tensor(weight, "channel.fc");
+      check_shape(weight, "channel.fc", {outs, ins});
+      layer.stored = data<S>(weight);
+    } else {
+      layer.weight = required<A>(weight, "channel.fc", {outs, ins}, arena);
+    }
     const A* bias = values<A>(r.next(), "channel.fc's bias", {outs}, arena);
     layer.affine =
         read_norm<A>(r, "channel's norm", last ? channel_final : channel_hidden, bias, outs, outs, arena);
@@ -133,29 +125,45 @@ Module<S> read_module(
     m.hidden = options[10];
     const int64_t h = m.hidden;
     STD_TORCH_CHECK(h >= 1, "options: expected a hidden width of at least 1, got ", h);
-    const int64_t ld = m.ld = whole_vectors(h, kernels<S>().lanes);
-    m.reduce = required<A>(r.next(), "spatial.reduce", {h, v.c}, arena);
+    if (std::is_same_v<S, bf16> && h >= kLeastTiled && convolutions > 0) m.amx = tables().amx;
+    m.ld = m.amx ? (h + kTileDepth - 1) / kTileDepth * kTileDepth
+                 : whole_vectors(h, kernels<S>().lanes);
+    const int64_t ld = m.ld;
     // Where each gets two vectors: weights that a thread alone packs and uses stay in its cache.
     const int64_t shares = threads ? int64_t(torch::stable::get_num_threads()) : 1;
     m.by_output = v.n < shares && ld / kernels<S>().lanes >= 2 * shares;
     Packer<A> packer(arena);
-    m.reduce = packer.matrix(m.reduce, h, v.c, ld);
+    TilePacker tiles(m.amx, ld, arena);
+    const Tensor& reduce = r.next();
+    if (m.amx) {
+      const bf16* w = required(bf16_values(reduce, kReduce, {h, v.c}, arena), kReduce, {h, v.c});
+      m.tiled_reduce = tiles.matrix(w, h, v.c, v.channels_last);
+    } else {
+      m.reduce = packer.matrix(required<A>(reduce, kReduce, {h, v.c}, arena), h, v.c, ld);
+    }
     const A* bias = values<A>(r.next(), "spatial.reduce's bias", {h}, arena);
     m.reduce_affine = read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, ld, arena);
     for (int64_t i = 0; i < convolutions; ++i) {
-      const A* weight = required<A>(r.next(), "spatial.dilated", {h, h, 3, 3}, arena);
-      m.convs.push_back(packer.conv(weight, h, ld, false, m.by_output));
+      const Tensor& conv = r.next();
+      if (m.amx) {
+        const bf16* w = bf16_values(conv, kConv, {h, h, 3, 3}, arena);
+        m.tiled_convs.push_back(tiles.conv(required(w, kConv, {h, h, 3, 3}), h));
+      } else {
+        const A* w = required<A>(conv, kConv, {h, h, 3, 3}, arena);
+        m.convs.push_back(packer.conv(w, h, ld, false, m.by_output));
+      }
       bias = values<A>(r.next(), "spatial.dilated's bias", {h}, arena);
       m.conv_affines.push_back(
           read_norm<A>(r, "spatial's norm", spatial_hidden, bias, h, ld, arena));
     }
-    m.project = required<A>(r.next(), "spatial.project", {1, h}, arena);
+    m.project = padded(required<A>(r.next(), "spatial.project", {1, h}, arena), h, ld, arena);
     bias = values<A>(r.next(), "spatial.project's bias", {1}, arena);
     const Affine<A> last =
         read_norm<A>(r, "spatial's last norm", spatial_final, bias, 1, 1, arena);
     m.final_scale = last.scale ? *last.scale : A(1);
     m.final_shift = last.shift ? *last.shift : A(0);
-    packer.run(threads);
+    if (m.amx) tiles.run(threads);
+    else packer.run(threads);
   }
   r.finish();
   return m;
@@ -164,54 +172,25 @@ Module<S> read_module(
 // Work below this many elements of x is not worth waking threads for.
 constexpr int64_t kSerial = 16384;
 
-template <class S>
-void run(
-    const Module<S>& m, const View& v, const S* x, S* out, const View& to, bool threads) {
+template <class Maps, class S>
+void run(const Sample<S>& sample, S* out, const View& to) {
   using A = AccOf<S>;
-  const Kernels<S>& k = kernels<S>();
-  const WideKernels<A>& wide = wide_kernels<A>();
-  const int64_t parts = threads ? int64_t(torch::stable::get_num_threads()) : 1;
+  const Module<S>& m = sample.m;
+  const View& v = sample.v;
+  const int64_t parts = sample.parts;
+  const bool threads = sample.threads;
   Arena arena;
 
-  // Pool and reduction. In NCHW threads share out the channels, where there are enough of them: what
-  // a thread has read of x is then what it gates, and each has its part of the sums.
-  const bool by_channel = parts > 1 && !v.channels_last && v.c >= 32 * parts;
-  const int64_t size = v.p * m.ld;
-  A* maps[2] = {nullptr, nullptr};
-  if (m.has_spatial) maps[0] = arena.take<A>(by_channel ? parts * size : size);
-  if (!m.convs.empty()) maps[1] = arena.take<A>(size);
   A* pool = m.has_channel ? arena.zeros<A>(parts * v.c) : nullptr;
-  const Affine<A>& affine = m.reduce_affine;
-  const Reduce<S> whole{
-      x, v.line, v.channels_last, v.c, m.hidden, m.reduce, m.ld, maps[0], affine.scale,
-      affine.shift, true};
+  Maps maps(sample, arena);
   parallel(threads, parts, [&](int64_t begin, int64_t end) {
-    Arena own;
-    A* scratch = own.take<A>(k.reduce_scratch(v.c));
-    for (int64_t i = begin; i < end; ++i) {
-      A* sums = pool ? pool + i * v.c : nullptr;
-      if (!by_channel) {
-        k.reduce(whole, part(i, parts, v.p), part(i + 1, parts, v.p), sums, scratch);
-        continue;
-      }
-      const int64_t c0 = part(i, parts, v.c), c1 = part(i + 1, parts, v.c);
-      Reduce<S> some = whole;
-      some.x = x + c0 * v.line, some.channels = c1 - c0, some.weight = m.reduce + c0 * m.ld;
-      some.out = maps[0] + i * size;
-      some.scale = some.shift = nullptr, some.relu = false;
-      k.reduce(some, 0, v.p, sums ? sums + c0 : nullptr, scratch);
-    }
+    for (int64_t i = begin; i < end; ++i) maps.reduce(i, pool ? pool + i * v.c : nullptr);
   });
-  if (by_channel && m.has_spatial)
-    parallel(threads, parts, [&](int64_t begin, int64_t end) {
-      const int64_t p0 = part(begin, parts, v.p), n = part(end, parts, v.p) - p0;
-      A* sum = maps[0] + p0 * m.ld;
-      for (int64_t i = 1; i < parts; ++i) wide.add(sum, sum + i * size, n * m.ld);
-      wide.activate(sum, sum, n, m.ld, affine.scale, affine.shift);
-    });
+  if (maps.joins())
+    parallel(threads, parts, [&](int64_t begin, int64_t end) { maps.join(begin, end); });
 
   // The branches' layers side by side: of each layer every thread does its part.
-  A *c = nullptr, *next_c = nullptr, *s = nullptr;
+  A *c = nullptr, *next_c = nullptr;
   if (m.has_channel) {
     c = arena.take<A>(std::max(v.c, m.widest));
     next_c = arena.take<A>(std::max(v.c, m.widest));
@@ -221,39 +200,29 @@ void run(
       c[i] = total / A(v.p);
     }
   }
-  const bool by_output = m.by_output && threads;
-  const int64_t partial = by_output ? parts : 1;  // sums of the last layer
-  if (m.has_spatial) s = arena.zeros<A>(partial * v.p);
-  const size_t linears = m.mlp.size(), convs = m.convs.size();
+  const size_t linears = m.mlp.size(), convs = m.conv_affines.size();
   for (size_t i = 0; i < std::max(linears, convs); ++i) {
     parallel(threads, parts, [&](int64_t begin, int64_t end) {
       if (i < linears) {
-        const Linear<A>& layer = m.mlp[i];
-        const int64_t o0 = part(begin, parts, layer.outs), o1 = part(end, parts, layer.outs);
-        const A *scale = layer.affine.scale, *shift = layer.affine.shift;
-        wide.linear(
-            layer.weight + o0 * layer.ins, c, o1 - o0, layer.ins, scale ? scale + o0 : nullptr,
-            shift ? shift + o0 : nullptr, i + 1 < linears, next_c + o0);
+        const Linear<S>& layer = m.mlp[i];
+        const int64_t o0 = part(begin, parts, layer.outs), n = part(end, parts, layer.outs) - o0;
+        const A* scale = layer.affine.scale ? layer.affine.scale + o0 : nullptr;
+        const A* shift = layer.affine.shift ? layer.affine.shift + o0 : nullptr;
+        auto apply = [&](auto linear, auto* weight) {
+          linear(
+              weight + o0 * layer.ins, c, n, layer.ins, scale, shift, i + 1 < linears, next_c + o0);
+        };
+        if (layer.stored) apply(kernels<S>().linear, layer.stored);
+        else apply(kernels<A>().linear, layer.weight);
       }
-      if (i < convs) {
-        const Conv<A> conv{
-            maps[i % 2], maps[1 - i % 2], m.convs[i], m.conv_affines[i].scale,
-            m.conv_affines[i].shift, true, nullptr, v.h, v.w, m.dilation, m.hidden, m.ld,
-            i + 1 == convs ? m.project : nullptr, s + (by_output ? begin * v.p : 0)};
-        const int64_t vecs = m.ld / wide.lanes;
-        if (by_output) wide.conv(conv, 0, v.h, part(begin, parts, vecs), part(end, parts, vecs));
-        else wide.conv(conv, part(begin, parts, v.h), part(end, parts, v.h), 0, vecs);
-      }
+      if (i < convs) maps.conv(i, begin, end);
     });
     if (i < linears) std::swap(c, next_c);
   }
+  A* s = nullptr;
   if (m.has_spatial) {
-    if (convs == 0) wide.project(maps[0], v.p, m.ld, m.hidden, m.project, s);
-    for (int64_t p = 0; p < v.p; ++p) {
-      A total = s[p];
-      for (int64_t i = 1; convs > 0 && i < partial; ++i) total += s[i * v.p + p];
-      s[p] = total * m.final_scale + m.final_shift;
-    }
+    s = maps.logits();
+    for (int64_t p = 0; p < v.p; ++p) s[p] = s[p] * m.final_scale + m.final_shift;
   }
 
   // Gate.
@@ -264,9 +233,21 @@ void run(
   const int64_t lines = v.channels_last ? v.p : v.c;
   parallel(threads, parts, [&](int64_t begin, int64_t end) {
     const int64_t l0 = part(begin, parts, lines), l1 = part(end, parts, lines);
+    const Kernels<S>& k = kernels<S>();
+    const S* x = sample.x;
     if (v.channels_last) k.gate(gate, x, v.line, out, to.line, 0, v.c, l0, l1);
     else k.gate(gate, x, v.line, out, to.line, l0, l1, 0, v.p);
   });
+}
+
+template <class S>
+void run(const Module<S>& m, const View& v, const S* x, S* out, const View& to, bool threads) {
+  const int64_t parts = threads ? int64_t(torch::stable::get_num_threads()) : 1;
+  const bool by_channel = parts > 1 && !v.channels_last && v.c >= 32 * parts;
+  const Sample<S> sample{m, v, x, parts, threads, by_channel};
+  if constexpr (std::is_same_v<S, bf16>)
+    if (m.amx) return run<TileMaps>(sample, out, to);
+  run<VectorMaps<S>>(sample, out, to);
 }
 
 } // namespace

@@ -135,9 +135,9 @@ View view_like(const Tensor& t, const char* name, const View& like) {
   return v;
 }
 
-template <class A>
-const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena) {
-  if (absent(t)) return nullptr;
+// What `values` asks of a tensor; returns how many there are.
+static int64_t check_values(
+    const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
   check_tensor(t, name);
   const auto found = t.sizes();
   const size_t axes = shape.size();
@@ -153,6 +153,14 @@ const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t
   STD_TORCH_CHECK(
       same, name, ": expected shape ", shape_text(shape.begin(), int64_t(axes)), ", got ",
       shape_text(found.data(), int64_t(found.size())));
+  return n;
+}
+
+template <class A>
+const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena) {
+  if (absent(t)) return nullptr;
+  const int64_t n = check_values(t, name, shape);
+  const auto found = t.sizes();
   if (t.scalar_type() == TypeOf<A>::value && t.is_contiguous()) return data<A>(t);
   A* out = arena.take<A>(n);
   with_type(t.scalar_type(), [&](auto tag) {
@@ -205,6 +213,16 @@ template const float* values<float>(
     const Tensor&, const char*, std::initializer_list<int64_t>, Arena&);
 template const double* values<double>(
     const Tensor&, const char*, std::initializer_list<int64_t>, Arena&);
+
+const bf16* bf16_values(
+    const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena) {
+  if (absent(t)) return nullptr;
+  const int64_t n = check_values(t, name, shape);
+  if (t.scalar_type() == ScalarType::BFloat16 && t.is_contiguous()) return data<bf16>(t);
+  bf16* out = arena.take<bf16>(n);
+  kernels<bf16>().narrow(values<float>(t, name, shape, arena), out, n);
+  return out;
+}
 
 template <class A>
 void write_values(const A* from, const Tensor& to, int64_t n) {
@@ -294,6 +312,33 @@ void Packer<A>::run(bool threads) {
 }
 template class Packer<float>;
 template class Packer<double>;
+
+const bf16* TilePacker::matrix(const bf16* w, int64_t rows, int64_t k, bool right) {
+  const int64_t tiles = (k + kTileDepth - 1) / kTileDepth;
+  bf16* out = arena_.take<bf16>(tiles * channels_ * kTileDepth);
+  jobs_.push_back({right ? Kind::right : Kind::left, w, out, rows, k, tiles});
+  return out;
+}
+
+const bf16* TilePacker::conv(const bf16* w, int64_t h) {
+  bf16* out = arena_.take<bf16>(9 * channels_ * channels_);
+  jobs_.push_back({Kind::conv, w, out, h, h, channels_ / kTile});
+  return out;
+}
+
+void TilePacker::run(bool threads) {
+  const int64_t parts = threads ? int64_t(torch::stable::get_num_threads()) : 1;
+  parallel(threads, parts, [&](int64_t begin, int64_t end) {
+    for (const Job& j : jobs_) {
+      const int64_t t0 = part(begin, parts, j.tiles), t1 = part(end, parts, j.tiles);
+      if (j.kind == Kind::conv) units_->pack_conv(j.from, j.rows, channels_, t0, t1, j.to);
+      else
+        (j.kind == Kind::left ? units_->pack_rows : units_->pack_columns)(
+            j.from, j.rows, j.k, channels_, t0, t1, j.to);
+    }
+  });
+  jobs_.clear();
+}
 
 template <class A>
 void load_hidden(const Tensor& t, const View& v, int64_t n, A* out, int64_t ld, Arena& arena) {

@@ -115,6 +115,10 @@ inline bool absent(const Tensor& t) { return t.numel() == 0; }
 template <class A>
 const A* values(const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena);
 
+// The same in bfloat16: rounded where a wider type has them.
+const bf16* bf16_values(
+    const Tensor& t, const char* name, std::initializer_list<int64_t> shape, Arena& arena);
+
 // n values into a dense result of any dtype.
 template <class A>
 void write_values(const A* from, const Tensor& to, int64_t n);
@@ -151,6 +155,30 @@ class Packer {
     A* to;
     int64_t rows, k, ld, count, block;  // of k, or of channels: how many, and so many at a time
   };
+  Arena& arena_;
+  std::vector<Job> jobs_;
+};
+
+// The same for matrix units, for maps of `channels` channels.
+class TilePacker {
+ public:
+  TilePacker(const Amx* units, int64_t channels, Arena& arena)
+      : units_(units), channels_(channels), arena_(arena) {}
+  // w [rows][k], on the right of a product or on its left.
+  const bf16* matrix(const bf16* w, int64_t rows, int64_t k, bool right);
+  const bf16* conv(const bf16* w, int64_t h);  // [h out][h in][9]
+  void run(bool threads);
+
+ private:
+  enum class Kind { left, right, conv };
+  struct Job {
+    Kind kind;
+    const bf16* from;
+    bf16* to;
+    int64_t rows, k, tiles;
+  };
+  const Amx* units_;
+  int64_t channels_;
   Arena& arena_;
   std::vector<Job> jobs_;
 };

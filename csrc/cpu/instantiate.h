@@ -40,9 +40,9 @@ void sigmoid_slope(const A* from, A* to, int64_t n) {
   });
 }
 
-template <class A>
+template <class S, class A = Acc<S>>
 void linear(
-    const A* w, const A* x, int64_t outs, int64_t ins, const A* scale, const A* shift,
+    const S* w, const A* x, int64_t outs, int64_t ins, const A* scale, const A* shift,
     bool with_relu, A* y) {
   for (int64_t i = 0; i < outs; ++i) {
     A value = dot(w + i * ins, x, ins) * (scale ? scale[i] : A(1)) + (shift ? shift[i] : A(0));
@@ -64,6 +64,7 @@ const Kernels<S>* table_of() {
       weight_gradient<S>,
       widen_row<S>,
       narrow_all<S>,
+      linear<S>,
   };
   return &table;
 }
@@ -86,7 +87,6 @@ const WideKernels<A>* wide_table_of() {
       exp_negative<A>,
       sigmoid_all<A>,
       sigmoid_slope<A>,
-      linear<A>,
   };
   return &table;
 }
@@ -100,6 +100,7 @@ inline const Tables* all_tables(const char* name) {
       table_of<f16>(),
       wide_table_of<float>(),
       wide_table_of<double>(),
+      nullptr,
   };
   return &tables;
 }

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "amx.h"
 #include "types.h"
 
 namespace bam {
@@ -124,6 +125,10 @@ struct Kernels {
       const WeightGradient<S>& r, int64_t c0, int64_t c1, A* dw, A* scratch);
   void (*widen)(const S* from, A* to, int64_t n);
   void (*narrow)(const A* from, S* to, int64_t n);
+  // y[i] = relu?((sum over k of w[i][k] * x[k]) * scale[i] + shift[i])
+  void (*linear)(
+      const S* w, const A* x, int64_t outs, int64_t ins, const A* scale, const A* shift, bool relu,
+      A* y);
 };
 
 // What does not depend on the storage type.
@@ -164,10 +169,6 @@ struct WideKernels {
   void (*exp_negative)(const A* from, A* to, int64_t n);  // exp(-x)
   void (*sigmoid)(const A* from, A* to, int64_t n);
   void (*sigmoid_slope)(const A* from, A* to, int64_t n);  // sigmoid'(x)
-  // y[i] = relu?((sum over k of w[i][k] * x[k]) * scale[i] + shift[i])
-  void (*linear)(
-      const A* w, const A* x, int64_t outs, int64_t ins, const A* scale, const A* shift, bool relu,
-      A* y);
 };
 
 struct Tables {
@@ -178,12 +179,14 @@ struct Tables {
   const Kernels<f16>* f16_;
   const WideKernels<float>* wide32;
   const WideKernels<double>* wide64;
+  const Amx* amx;  // or null
 };
 
 // Null where this build or this processor has not got it.
 const Tables* tables_baseline();
 const Tables* tables_avx2();
 const Tables* tables_avx512();
+const Tables* tables_amx();
 
 // The best that this processor has, or the one that was chosen by name.
 const Tables& tables();

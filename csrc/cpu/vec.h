@@ -281,8 +281,8 @@ BAM_INLINE Vec<A> sigmoid(Vec<A> z) {
   return splat(A(1)) / (splat(A(1)) + exp<A>(zero<A>() - z));
 }
 
-template <class A>
-inline A dot(const A* a, const A* b, int64_t n) {
+template <class S, class A = Acc<S>>
+inline A dot(const S* a, const A* b, int64_t n) {
   constexpr int W = kLanes<A>;
   Vec<A> s0 = zero<A>(), s1 = s0;
   int64_t i = 0;

@@ -156,7 +156,7 @@ void linear(
       "expected dense w [outs, ins], x [ins] and out [outs]");
   for (const auto& each : {scale, shift})
     check(!each || (is_dense(*each, 1) && each->size() == out.size()), "expected dense [outs]");
-  s.wide<A>().linear(
+  s.kernels<A>().linear(
       w.data(), x.data(), w.shape(0), w.shape(1), scale ? scale->data() : nullptr,
       shift ? shift->data() : nullptr, relu, out.mutable_data());
 }
