@@ -76,7 +76,7 @@ def module_and_input(
         module, truth = make_module()
         with contextlib.suppress(NoClearInputError):
             return module, truth, clear_of_kinks(make_input, truth, truth)
-    raise AssertionError("no module of 4 draws that has an input clear of its kinks")
+    raise NoClearInputError("no module of 4 draws that has an input clear of its kinks")
 
 
 def clear_of_kinks(

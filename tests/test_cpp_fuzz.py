@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import torch
 from cases import COMBINES, DTYPES, PRESETS
-from kinks import module_and_input, without_kinks
+from kinks import NoClearInputError, module_and_input, without_kinks
 from test_cpp_parity import cpp, run, threads  # noqa: F401 - a fixture of every test here
 from test_module import gathered, randomize, rounded_step, twin
 from tolerances import PARITY, Errors, Sway
@@ -189,7 +189,11 @@ def comparable(case: Case, key: str, gradient: Tensor) -> bool:
 )
 @given(case=cases())
 def test_random_modules(case):
-    check(case)
+    try:
+        check(case)
+    except NoClearInputError:
+        # So many hidden units that in float32 one is always near its kink: float64 compares them.
+        check(dataclasses.replace(case, dtype=F64))
 
 
 @settings(
