@@ -9,6 +9,7 @@ affine parameters, and for half types hidden units clear of their kinks.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from functools import partial
 
@@ -240,10 +241,20 @@ def test_random_gates(
     wide = [None if t is None else t.double() for t in (x, c, s)]
     want = gradients(reference.gate, wide, dout.double(), *options)
     assert torch.equal(out, found["out"])
+    # The size of the largest logit: what float32 loses of it the map has as its relative error.
+    sizes = [t.abs().max().item() for t in wide[1:] if t is not None]
+    largest = math.prod(sizes) if combine == "product" else sum(sizes)
+    if "c" in which and "s" in which:  # as one vector: a lone sum over the map may cancel
+        for each in (found, want):
+            each["dlogits"] = torch.cat([each.pop(key).double().flatten() for key in ("dc", "ds")])
     for key, b in want.items():
-        # Logits are taken to float32 for an x of less than float64, products and sums of large
-        # ones lose what float32 cannot hold: as much as their size.
-        bound = max(PARITY[found[key].dtype], 2e-6 if dtype != F64 else 0.0)
-        bound *= max(1.0, (scale * scale if combine == "product" else scale) / 3)
-        if b.norm() > 1e-30 and (key in ("out", "dx") or scale <= 3):
+        # Logits are taken to float32 for an x of less than float64.
+        narrowest = max(PARITY[t] for t in (dtype, *logits_dtypes)) if key == "dlogits" else 0.0
+        bound = max(PARITY[found[key].dtype], narrowest, 2e-6 if dtype != F64 else 0.0)
+        bound *= max(1.0, largest / 3)
+        if key not in ("out", "dx"):  # 1 - M of a gate nearly open has lost as many digits
+            bound *= max(1.0, math.exp(min(largest, 20.0)) / 16)
+        # Below its normal range a type has few digits, or none.
+        tiny = max(torch.finfo(t).tiny for t in (dtype, *logits_dtypes)) * b.numel() ** 0.5
+        if b.norm() > max(tiny, 1e-30) and (key in ("out", "dx") or scale <= 3):
             assert relative_error(found[key], b) <= bound, key
