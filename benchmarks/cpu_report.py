@@ -227,6 +227,9 @@ def _memory(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+_LAYOUTS = {sites.NCHW: "NCHW", sites.CHANNELS_LAST: "channels_last"}
+
+
 def markdown(result: Mapping[str, Any], preset: str = "paper") -> str:
     """The README's table: a line a mode, dtype and site of a preset, times in ms."""
     names = ("mode", "dtype", "site", *(f"ours, {_LAYOUTS[key]}" for key in cpu_peers.LAYOUTS))
@@ -243,9 +246,6 @@ def markdown(result: Mapping[str, Any], preset: str = "paper") -> str:
         ratios = (each["ratios"].get(key) for key in cpu_peers.LAYOUTS)
         lines.append([*cells, *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-_LAYOUTS = {sites.NCHW: "NCHW", sites.CHANNELS_LAST: "channels_last"}
 
 
 def show_bars(found: Sequence[Mapping[str, Any]], console: Console) -> None:

@@ -11,7 +11,7 @@ from cases import PRESETS, make_map, name
 from kinks import without_kinks
 from test_cpp_parity import CPU, F64, compare, cpp, threads  # noqa: F401 - a fixture of all tests
 from test_module import randomize, twin
-from tolerances import relative_error
+from tolerances import PEER, relative_error
 
 from bam_kernels import BAM
 
@@ -41,44 +41,44 @@ def test_shapes(preset, layout, shape, seed):
             compare(make, shape, BF16, layout, "inference", 2)
 
 
+def check_map_alone(channels, reduction, shape, layout="nchw", **options):
+    """Nothing beside the hidden maps in the output, which any fault in them then shows in."""
+    options = {"channel": False, "residual": False, "norm_final": False} | options
+    module = randomize(BAM(channels, reduction, dtype=BF16, **options)).eval()
+    x = make_map(shape, BF16, CPU, layout)
+    with torch.inference_mode():
+        found, again = module(x), module(x)
+        eager, want = twin(module, BF16)(x), twin(module, F64)(x.double())
+        torch.ops.bam_kernels_cpp.set_isa("avx512")
+        vectors = module(x)
+        torch.ops.bam_kernels_cpp.set_isa("amx")
+    assert torch.equal(found, again)
+    assert not torch.equal(found, vectors), "the matrix units did not run"
+    assert relative_error(found, want) <= PEER * relative_error(eager, want)
+
+
 # Channels in whole tiles, not, odd, in several blocks of 128; hidden widths likewise.
 @pytest.mark.parametrize(
     ("channels", "reduction"), ((160, 16), (100, 4), (131, 4), (300, 9), (130, 1), (512, 8))
 )
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_widths(layout, channels, reduction, seed):
-    for count in (1, 2):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("hidden_norm", (True, False))
+def test_widths(hidden_norm, layout, channels, reduction, seed):
+    for count in (1, 2, 3):
         with threads(count):
-            make = lambda: BAM(channels, reduction, dtype=BF16)  # noqa: E731
-            compare(make, (3, channels, 6, 7), BF16, layout, "inference", 2)
+            for shape in ((3, channels, 6, 7), (1, channels, 5, 21), (1, channels, 9, 33)):
+                check_map_alone(channels, reduction, shape, layout, norm_hidden=hidden_norm)
 
 
 @pytest.mark.parametrize("num_dilated", (1, 2, 3))
 @pytest.mark.parametrize("dilation", (1, 2, 5, 8, 60))
 def test_dilations(dilation, num_dilated, seed):
     """Taps that stay inside the map, and taps that all but one lie in the padding."""
-    for shape in ((3, 40, 7, 9), (3, 40, 3, 20), (3, 40, 20, 3)):
-        make = lambda: BAM(40, 2, dilation=dilation, num_dilated=num_dilated, dtype=BF16)  # noqa: E731
-        compare(make, shape, BF16, "nchw", "inference", 2)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS[:2])
-@pytest.mark.parametrize("hidden_norm", (True, False))
-def test_the_spatial_map_alone(hidden_norm, layout, seed):
-    """Nothing beside the hidden maps in the output: a smaller error than eager's."""
-    for channels, size in ((96, (9, 10)), (131, (5, 21))):
-        options = {"channel": False, "residual": False, "norm_hidden": hidden_norm}
-        module = randomize(BAM(channels, 4, norm_final=False, dtype=BF16, **options)).eval()
-        x = make_map((3, channels, *size), BF16, CPU, layout)
-        with torch.inference_mode():
-            found, again = module(x), module(x)
-            eager, want = twin(module, BF16)(x), twin(module, F64)(x.double())
-            torch.ops.bam_kernels_cpp.set_isa("avx512")
-            vectors = module(x)
-            torch.ops.bam_kernels_cpp.set_isa("amx")
-        assert torch.equal(found, again)
-        assert not torch.equal(found, vectors), "the matrix units did not run"
-        assert relative_error(found, want) <= relative_error(eager, want)
+    options = {"dilation": dilation, "num_dilated": num_dilated}
+    for size in ((7, 9), (3, 20), (20, 3), (16, 33)):
+        for samples in (3, 2):  # in threads of their own, and the last one shared by two
+            with threads(2):
+                check_map_alone(40, 2, (samples, 40, *size), **options)
 
 
 def test_parameters_in_float32(seed):

@@ -45,8 +45,8 @@ struct AmxConv {
   bf16* out;           // or null
   const bf16* weight;  // packed by pack_conv
   int64_t dilation;
-  const float* project;  // or null: then of the last convolution
-  float* logits;
+  const float* project;  // of the last convolution, else null
+  float* logits;         // [positions], where `project` is given
 };
 
 struct Amx {

@@ -376,7 +376,7 @@ struct Taps {
 // 16 positions of M rows by N tiles of outputs: [M][N][16][16] at `sums`.
 template <int M, int N>
 BAM_TILES void conv_tiles(
-    const Taps& taps, int64_t at, int64_t channels, const int64_t output, float* sums) {
+    const Taps& taps, int64_t at, int64_t channels, int64_t output, float* sums) {
   const int64_t step = channels / kTile * kTileSize;  // along the depth
   clear<M, N>();
   for (int i = 0; i < taps.count; ++i) {
