@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from cases import PRESETS
 from distributed_workers import WORLD, Network, Pair, Watch, train, watch
-from tolerances import assert_parity, relative_error
+from tolerances import assert_parity, by_layer, relative_error
 from torch import Tensor, nn
 
 from bam_kernels import BAM, reference, use_backend
@@ -124,25 +124,15 @@ def joined(parts: list[Outcome]) -> Outcome:
     return whole
 
 
-def with_gradients_by_layer(outcome: Outcome) -> Outcome:
-    """The gradients of each layer's weight and bias as one vector.
-
-    Alone, a bias in front of batch statistics has none but rounding, and a single number, of the
-    norm of one channel, may come as close to zero as it likes.
-    """
-    parts: dict[str, list[Tensor]] = {}
-    for key, value in outcome.items():
-        gradient = ": d" in key and not key.endswith(": dx")
-        parts.setdefault(key.rpartition(".")[0] if gradient else key, []).append(value.flatten())
-    return {key: torch.cat(values) for key, values in parts.items()}
-
-
 def assert_same_training(found: Outcome, want: Outcome) -> None:
     """Every step's outputs, gradients, parameters, running statistics and counters."""
     assert [(key, value.shape) for key, value in found.items()] == [
         (key, value.shape) for key, value in want.items()
     ]
-    found, want = with_gradients_by_layer(found), with_gradients_by_layer(want)
+    found, want = (
+        by_layer(each, lambda key: ": d" in key and not key.endswith(": dx"))
+        for each in (found, want)
+    )
     for key, value in want.items():
         if key.endswith("num_batches_tracked"):
             assert torch.equal(found[key], value), key

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from cases import PRESETS, make_map
 from test_module import randomize, step, twin
-from tolerances import relative_error
+from tolerances import PEER_ELEMENTS, by_layer, relative_error
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -49,9 +49,11 @@ def pair(device, dtype=F64, **options):
 def assert_same(found: dict, want: dict, tolerance: float = 1e-10) -> None:
     """The same keys and values, to rounding; what is zero but for rounding is so in both.
 
-    A gradient's key starts with "d": that of a bias in front of batch statistics is zero.
+    A gradient's key starts with "d": that of a bias in front of batch statistics is zero. A layer's
+    parameters of few numbers are compared as one vector, and so are their gradients.
     """
     assert list(found) == list(want)
+    floating = {}
     scales = [t.norm().item() for k, t in want.items() if k.startswith("d") and t is not None]
     least = 1e-9 * max(scales, default=0.0)
     for key, b in want.items():
@@ -62,7 +64,15 @@ def assert_same(found: dict, want: dict, tolerance: float = 1e-10) -> None:
         assert a.dtype == b.dtype and a.shape == b.shape, key
         if not b.is_floating_point() or b.numel() == 0:
             assert torch.equal(a, b), key
-        elif key.startswith("d") and b.norm() <= least:
+        else:
+            floating[key] = a, b
+    few = {key for key, (_, b) in floating.items() if b.numel() < PEER_ELEMENTS}
+    found, want = (
+        by_layer({key: pair[i] for key, pair in floating.items()}, few.__contains__) for i in (0, 1)
+    )
+    for key, b in want.items():
+        a = found[key]
+        if key.startswith("d") and b.norm() <= least:
             assert a.norm() <= least, f"{key}: {a.norm():.1e}, expected zero but for rounding"
         else:
             error = relative_error(a, b)

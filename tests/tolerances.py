@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,18 @@ def means_with_variances(found: dict[str, Tensor]) -> dict[str, Tensor]:
         spread = key.removesuffix("mean") + "var"
         found[spread] = torch.cat([found[spread], found.pop(key)])
     return found
+
+
+def by_layer(found: Mapping[str, Tensor], lone: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The tensors of a layer whose keys are `lone` as one vector, under the layer's key.
+
+    Alone, a bias in front of batch statistics has a gradient of rounding only, and an update that
+    an optimizer makes of it; and a single number may come as close to zero as it likes.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for key, value in found.items():
+        parts.setdefault((lone(key) and key.rpartition(".")[0]) or key, []).append(value.flatten())
+    return {key: torch.cat(values) for key, values in parts.items()}
 
 
 class Sway:
