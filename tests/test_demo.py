@@ -99,7 +99,7 @@ def test_without_a_compiler_the_interpreter_runs(photo, tmp_path, monkeypatch, c
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(dispatch, "why_not", lambda backend, device_type: "no compiler")
     monkeypatch.setattr(cpp_library, "is_damaged", lambda: False)
-    device, backend = demo.resolve(demo.Options(device="cpu"), cli._say)
+    device, backend = demo.resolve(demo.Options(device="cpu"), cli.output.say)
     assert (device.type, backend) == ("cpu", "triton")
     assert (
         "Triton's interpreter in place of the C++ kernels: no compiler" in capsys.readouterr().err
@@ -117,7 +117,7 @@ def test_a_gate_that_is_off_by_a_hundredth_fails(photo, tmp_path, monkeypatch, c
     right = triton.gate_forward
     monkeypatch.setattr(triton, "gate_forward", lambda *args: right(*args) * 1.01)
     output = tmp_path / "out"
-    assert cli.main(["demo", str(photo), f"--output={output}", *SMALL]) == cli.PARITY_FAILED == 1
+    assert cli.main(["demo", str(photo), f"--output={output}", *SMALL]) == cli.FAILED == 1
     printed = capsys.readouterr()
     assert "FAILED" in printed.out
     assert "parity failed: layer1.bam, output, training: error 1.0e-02" in printed.err
@@ -193,7 +193,7 @@ def test_weights_that_cannot_be_had(photo, tmp_path, monkeypatch, capsys):
 
 
 def test_a_package_that_is_missing(photo, monkeypatch, capsys):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.output.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["demo", str(photo)]) == 2
     assert capsys.readouterr().err == (
         "bam_kernels demo: error: torchvision is not installed; pip install 'bam_kernels[demo]'\n"
@@ -282,8 +282,8 @@ def test_a_bar_follows_pytorchs_own_error_above_the_floor():
 
 
 def test_table_without_rich_is_aligned_text(monkeypatch, capsys):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
-    cli._print_table("Title", ("", "ms"), [[["fused", "1.5"]], [["PyTorch", "12.5"]]])
+    monkeypatch.setattr(cli.output.importlib.util, "find_spec", lambda name: None)
+    cli.output.print_table("Title", ("", "ms"), [[["fused", "1.5"]], [["PyTorch", "12.5"]]])
     assert capsys.readouterr().out == (
         "Title\n           ms\n-------  ----\nfused     1.5\n-------  ----\nPyTorch  12.5\n\n"
     )
@@ -291,7 +291,7 @@ def test_table_without_rich_is_aligned_text(monkeypatch, capsys):
 
 def test_table_with_rich_keeps_brackets(capsys):
     pytest.importorskip("rich")
-    cli._print_table("Title", ("", "ms"), [[["[4, 256, 56, 56]", "1.5"]]])
+    cli.output.print_table("Title", ("", "ms"), [[["[4, 256, 56, 56]", "1.5"]]])
     assert "[4, 256, 56, 56]" in capsys.readouterr().out
 
 

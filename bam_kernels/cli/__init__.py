@@ -1,0 +1,44 @@
+"""The command line: ``python -m bam_kernels`` or ``bam-kernels``, a command a file.
+
+torch and Triton are imported inside of the commands only: what Triton is to do must be set in the
+environment before it is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from bam_kernels._version import __version__
+from bam_kernels.cli import demo
+from bam_kernels.cli.output import FAILED, USAGE_ERROR
+
+__all__ = ["FAILED", "USAGE_ERROR", "main"]
+
+COMMANDS = (demo,)
+"""Modules with ``add_parser(commands)``, which sets ``run(args) -> exit status``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status.
+
+    0: done. 1: what the command checks does not hold. 2: bad arguments, or something is missing;
+    then one line on stderr says so. 130: interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bam_kernels",
+        description="Fused kernels for the Bottleneck Attention Module (BAM).",
+    )
+    parser.add_argument("--version", action="version", version=f"bam_kernels {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
