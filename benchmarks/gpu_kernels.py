@@ -8,12 +8,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_environment import l2_bytes
-from gpu_peers import Settings, release
-from gpu_report import Estimate, Report, Section
-from sites import Shape, normal
-from timing import Peer, clock, describe, gigabytes_per_second, graphed, interleave
 from torch import Tensor
+
+from bam_kernels.benchmarking.gpu.environment import l2_bytes
+from bam_kernels.benchmarking.gpu.peers import Settings, release
+from bam_kernels.benchmarking.gpu.report import Estimate, Report, Section
+from bam_kernels.benchmarking.sites import Shape, normal
+from bam_kernels.benchmarking.timing import (
+    Peer,
+    clock,
+    describe,
+    gigabytes_per_second,
+    graphed,
+    interleave,
+)
 
 REDUCTION = 16
 PASSES = {"pool_reduce": 1, "gate": 2, "gate_backward_reduce": 2, "input_gradient": 3}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_environment import ROOT
+from bam_kernels.benchmarking.gpu.environment import ROOT
 
 _LAST_LINES = 4
 _MOST_FAILURES = 200

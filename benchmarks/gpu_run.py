@@ -15,15 +15,16 @@ from typing import Any
 
 import gpu_table
 import torch
-from gpu_bandwidth import run_bandwidth
-from gpu_environment import ROOT, clocks, device_name, environment, slug
 from gpu_kernels import run_kernels
 from gpu_parity import run_parity
-from gpu_peers import CaseTable, Settings, fair_autotuning
-from gpu_report import Budget, OutOfTime, Report
 from gpu_workers import Task, Workers
-from sites import QUICK, SMOKE, Selection
-from timing import describe
+
+from bam_kernels.benchmarking.gpu.bandwidth import run_bandwidth
+from bam_kernels.benchmarking.gpu.environment import ROOT, clocks, device_name, environment, slug
+from bam_kernels.benchmarking.gpu.peers import CaseTable, Settings, fair_autotuning
+from bam_kernels.benchmarking.gpu.report import Budget, OutOfTime, Report
+from bam_kernels.benchmarking.sites import QUICK, SMOKE, Selection
+from bam_kernels.benchmarking.timing import describe
 
 # Past the budget by this much, in seconds, whatever is running is broken off.
 GRACE = 20.0

@@ -15,16 +15,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gpu_environment import l2_bytes
 from gpu_kernels import REDUCTION, Operands, device_run, launch, operands, rates, runner
-from gpu_peers import Settings, release, synchronize
-from gpu_report import Report, Section
 from gpu_workers import Task, Workers
-from sites import CHANNELS_LAST, Shape
-from timing import Peer, clock, describe, interleave, relative_error
 
 from bam_kernels.backends.triton import configs
 from bam_kernels.backends.triton.configs import Tile
+from bam_kernels.benchmarking.gpu.environment import l2_bytes
+from bam_kernels.benchmarking.gpu.peers import Settings, release, synchronize
+from bam_kernels.benchmarking.gpu.report import Report, Section
+from bam_kernels.benchmarking.sites import CHANNELS_LAST, Shape
+from bam_kernels.benchmarking.timing import Peer, clock, describe, interleave, relative_error
 
 # By kernel: elements of a tile (least, most), the least edge, warps, pipeline stages. tl.dot wants
 # edges of 16; the gate has no loop to pipeline.

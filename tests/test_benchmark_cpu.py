@@ -13,22 +13,23 @@ import torch
 
 pytest.importorskip("rich", reason="the benchmark draws its tables with rich")
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from bam_kernels.benchmarking.cpu import machine as cpu_machine
+from bam_kernels.benchmarking.cpu import memory as cpu_memory
+from bam_kernels.benchmarking.cpu import peers as cpu_peers
+from bam_kernels.benchmarking.cpu import report as cpu_report
+from bam_kernels.benchmarking.cpu import run as cpu
 
-import cpu  # noqa: E402
-import cpu_machine  # noqa: E402
-import cpu_memory  # noqa: E402
-import cpu_peers  # noqa: E402
-import cpu_report  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 PROBLEM = cpu_peers.Problem((2, 32, 4, 5), "float32", "inference", "paper")
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    environment = (
+        os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"} | {"PYTHONPATH": str(ROOT)}
+    )
     return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "cpu.py"), *map(str, arguments)],
+        [sys.executable, "-m", "bam_kernels.benchmarking.cpu.run", *map(str, arguments)],
         capture_output=True, text=True, timeout=300, env=environment,
     )  # fmt: skip
 

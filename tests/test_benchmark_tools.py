@@ -15,18 +15,18 @@ from typing import Any
 import pytest
 import torch
 
+from bam_kernels.benchmarking import sites, timing
+from bam_kernels.benchmarking.gpu import peers as gpu_peers
+from bam_kernels.benchmarking.gpu import report as gpu_report
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
 import gpu_parity  # noqa: E402
-import gpu_peers  # noqa: E402
-import gpu_report  # noqa: E402
 import gpu_run  # noqa: E402
 import gpu_table  # noqa: E402
 import gpu_workers  # noqa: E402
-import sites  # noqa: E402
-import timing  # noqa: E402
 
 
 class FakeClock:

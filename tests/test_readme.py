@@ -33,10 +33,10 @@ def test_python_blocks_run(large_tiles, seed):
 
 
 def test_the_table_of_times_is_the_results_file():
-    """`benchmarks/cpu.py --table` prints it."""
+    """`--table` prints it."""
     pytest.importorskip("rich")
     file = "benchmarks/results/cpu-xeon-2-threads.json"
-    command = (sys.executable, "benchmarks/cpu.py", "--table", file)
+    command = (sys.executable, "-m", "bam_kernels.benchmarking.cpu.run", "--table", file)
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = json.loads((ROOT / file).read_text())["rows"]
     assert told.count("\n") == 2 + sum(row["preset"] == "paper" for row in rows) > 2

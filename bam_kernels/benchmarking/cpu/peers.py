@@ -17,12 +17,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import sites
-import timing
 import torch
 from torch import Tensor, nn
 
 import bam_kernels
+from bam_kernels.benchmarking import sites, timing
 
 OURS, EAGER, COMPILE = "ours", "eager", "compile"
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"

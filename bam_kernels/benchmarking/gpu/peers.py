@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from gpu_environment import l2_bytes
-from gpu_report import Estimate, Report, Section
-from sites import TRAINING, Case, Shape, normal
-from timing import (
+from torch import Tensor, nn
+
+import bam_kernels
+from bam_kernels import reference
+from bam_kernels.benchmarking.gpu.environment import l2_bytes
+from bam_kernels.benchmarking.gpu.report import Estimate, Report, Section
+from bam_kernels.benchmarking.sites import TRAINING, Case, Shape, normal
+from bam_kernels.benchmarking.timing import (
     Peer,
     clock,
     describe,
@@ -22,10 +26,6 @@ from timing import (
     peak_bytes,
     relative_error,
 )
-from torch import Tensor, nn
-
-import bam_kernels
-from bam_kernels import reference
 
 OURS = ("fused", "fused_graphed")
 PLAIN_PEERS = ("eager", "compile", "compile_autotune")

@@ -5,11 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from gpu_environment import l2_bytes
-from gpu_peers import Settings, copy_shapes, release
-from gpu_report import Report, Section
-from sites import Shape, normal
-from timing import Peer, clock, describe, gigabytes_per_second, graphed, interleave
+
+from bam_kernels.benchmarking.gpu.environment import l2_bytes
+from bam_kernels.benchmarking.gpu.peers import Settings, copy_shapes, release
+from bam_kernels.benchmarking.gpu.report import Report, Section
+from bam_kernels.benchmarking.sites import Shape, normal
+from bam_kernels.benchmarking.timing import (
+    Peer,
+    clock,
+    describe,
+    gigabytes_per_second,
+    graphed,
+    interleave,
+)
 
 LARGE_BYTES = 1 << 30
 SMALL_BYTES = 1 << 20  # where nothing is measured

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_environment import commit
+
+from bam_kernels.benchmarking.gpu.environment import commit
 
 PACKAGES = ("numpy", "onnx", "onnxscript", "onnxruntime", "openvino", "triton")
 _FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "avx512_fp16", "amx_tile",

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import cpu_peers
-import sites
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from bam_kernels.benchmarking import sites
+from bam_kernels.benchmarking.cpu import peers
 
 INFERENCE_RATIO, HALF_RATIO, TRAINING_RATIO = 1.5, 1.0, 1.5
 OVERHEAD_RATIO = 0.5
@@ -20,7 +21,7 @@ PEAK_BYTES = 4 << 20
 measured and not judged."""
 
 
-def flops(problem: cpu_peers.Problem) -> int:
+def flops(problem: peers.Problem) -> int:
     """FLOPs of a call, multiplications and additions apart.
 
     P = N H W positions, h = C / 16. Forward: the 1x1 reduction 2 P C h, two dilated convolutions
@@ -37,7 +38,7 @@ def flops(problem: cpu_peers.Problem) -> int:
     return forward + 2 * convolutions + 8 * p * c
 
 
-def moved_bytes(problem: cpu_peers.Problem) -> int:
+def moved_bytes(problem: peers.Problem) -> int:
     """The x-sized traffic that a fused module cannot do without: 3 |x| forward, and 5 |x| back."""
     training = problem.mode == sites.TRAINING
     passes = sites.FORWARD_PASSES + (sites.BACKWARD_PASSES if training else 0)
@@ -45,7 +46,7 @@ def moved_bytes(problem: cpu_peers.Problem) -> int:
 
 
 def row(
-    problem: cpu_peers.Problem,
+    problem: peers.Problem,
     times: Mapping[str, dict[str, Any]],
     errors: Mapping[str, float],
     reasons: Mapping[str, str],
@@ -65,16 +66,16 @@ def row(
         "sides": {key: {**time, "relative_error": errors[key]} for key, time in times.items()},
         "not_run": dict(reasons),
     }
-    peers = {k: v["median_ms"] for k, v in times.items() if not k.startswith(cpu_peers.OURS)}
-    best = min(peers, key=peers.__getitem__, default=None)
+    others = {k: v["median_ms"] for k, v in times.items() if not k.startswith(peers.OURS)}
+    best = min(others, key=others.__getitem__, default=None)
     found["best_peer"] = best
     found["ratios"], found["achieved"] = {}, {}
-    for layout in cpu_peers.LAYOUTS:
-        ours = times.get(f"{cpu_peers.OURS} {layout}")
+    for layout in peers.LAYOUTS:
+        ours = times.get(f"{peers.OURS} {layout}")
         if ours is None:
             continue
         if best is not None:
-            found["ratios"][layout] = peers[best] / ours["median_ms"]
+            found["ratios"][layout] = others[best] / ours["median_ms"]
         seconds = ours["median_ms"] / 1e3
         gflops = flops(problem) / seconds / 1e9
         gigabytes = moved_bytes(problem) / seconds / 1e9
@@ -96,16 +97,16 @@ def bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     for each in result["rows"]:
         training = each["mode"] == sites.TRAINING
         if each["dtype"] != "float32":
-            least, peers = HALF_RATIO, "the best peer"
+            least, who = HALF_RATIO, "the best peer"
         elif training:
-            least, peers = TRAINING_RATIO, "the better of eager and torch.compile"
+            least, who = TRAINING_RATIO, "the better of eager and torch.compile"
         else:
-            least, peers = INFERENCE_RATIO, "the best peer"
-        for layout in cpu_peers.LAYOUTS:
+            least, who = INFERENCE_RATIO, "the best peer"
+        for layout in peers.LAYOUTS:
             ratio = each["ratios"].get(layout)
             found.append(
                 {
-                    "bar": f"{each['mode']} {each['dtype']} at least {least} x {peers}",
+                    "bar": f"{each['mode']} {each['dtype']} at least {least} x {who}",
                     "where": f"{each['site']} {each['preset']} {layout}",
                     "found": ratio,
                     "pass": ratio is not None and ratio >= least,
@@ -122,7 +123,7 @@ def bars(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     for each in result.get("memory", []):
-        if each["side"] != cpu_peers.OURS or each["x_bytes"] < PEAK_BYTES:
+        if each["side"] != peers.OURS or each["x_bytes"] < PEAK_BYTES:
             continue
         peak = max(each[key] for key in ("peak", "first_call")) if "peak" in each else None
         found.append(
@@ -184,7 +185,7 @@ def _times(rows: Sequence[Mapping[str, Any]], mode: str) -> Table:
         cells.append((each["best_peer"] or "-").replace("channels_last", "c_last"))
         cells += [
             f"{each['ratios'][layout]:.2f}" if layout in each["ratios"] else "-"
-            for layout in cpu_peers.LAYOUTS
+            for layout in peers.LAYOUTS
         ]
         best = max(each["achieved"].values(), key=lambda rates: rates["gflops"], default=None)
         cells += (
@@ -232,18 +233,18 @@ _LAYOUTS = {sites.NCHW: "NCHW", sites.CHANNELS_LAST: "channels_last"}
 
 def markdown(result: Mapping[str, Any], preset: str = "paper") -> str:
     """The README's table: a line a mode, dtype and site of a preset, times in ms."""
-    names = ("mode", "dtype", "site", *(f"ours, {_LAYOUTS[key]}" for key in cpu_peers.LAYOUTS))
-    names += ("best peer", "its time", *(f"ratio, {_LAYOUTS[key]}" for key in cpu_peers.LAYOUTS))
+    names = ("mode", "dtype", "site", *(f"ours, {_LAYOUTS[key]}" for key in peers.LAYOUTS))
+    names += ("best peer", "its time", *(f"ratio, {_LAYOUTS[key]}" for key in peers.LAYOUTS))
     lines = [names, ["---"] * len(names)]
     for each in result["rows"]:
         if each["preset"] != preset:
             continue
         sides, best = each["sides"], each["best_peer"]
-        ours = (sides.get(f"{cpu_peers.OURS} {key}") for key in cpu_peers.LAYOUTS)
+        ours = (sides.get(f"{peers.OURS} {key}") for key in peers.LAYOUTS)
         cells = [each["mode"], each["dtype"], each["site"]]
         cells += ["-" if side is None else f"{side['median_ms']:.2f}" for side in ours]
         cells += ["-", "-"] if best is None else [best, f"{sides[best]['median_ms']:.2f}"]
-        ratios = (each["ratios"].get(key) for key in cpu_peers.LAYOUTS)
+        ratios = (each["ratios"].get(key) for key in peers.LAYOUTS)
         lines.append([*cells, *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

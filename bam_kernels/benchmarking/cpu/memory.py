@@ -1,6 +1,6 @@
 """The most memory that an inference takes beyond its input and output, in a process of its own.
 
-    python benchmarks/cpu_memory.py '{"size": [8, 256, 56, 56], "side": "ours", ...}'
+    python -m bam_kernels.benchmarking.cpu.memory '{"size": [8, 256, 56, 56], "side": "ours", ...}'
 
 prints one JSON object. torch's profiler sees what torch allocates and nothing that C++ code takes
 from the system by other ways; the process's peak of resident memory sees it all. Linux resets that
@@ -27,12 +27,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-for _folder in (HERE, HERE.parent):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
+import torch
 
-import torch  # noqa: E402
+import bam_kernels
 
 CHILD_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -85,8 +82,6 @@ def torch_peak(run: Callable[[], object]) -> int:
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     """One side at one shape, here and now: each figure in units of |x|, without the output."""
-    import bam_kernels
-
     torch.set_num_threads(request["threads"])
     size, dtype = request["size"], getattr(torch, request["dtype"])
     fmt = torch.channels_last if request["layout"] == "channels_last" else torch.contiguous_format
@@ -120,8 +115,8 @@ def in_child(request: dict[str, Any], processes: int) -> dict[str, Any]:
     for _ in range(processes):
         try:
             done = subprocess.run(
-                [sys.executable, __file__, json.dumps(request)],
-                env={**os.environ, **CHILD_ENVIRONMENT},
+                [sys.executable, "-m", __spec__.name, json.dumps(request)],
+                env={**os.environ, **CHILD_ENVIRONMENT, "PYTHONPATH": _path()},
                 capture_output=True, text=True, timeout=TIMEOUT_S,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -132,6 +127,13 @@ def in_child(request: dict[str, Any], processes: int) -> dict[str, Any]:
         found.append(json.loads(done.stdout))
     medians = {key: statistics.median(each[key] for each in found) for key in found[0]}
     return {**request, **medians, "processes": processes}
+
+
+def _path() -> str:
+    """PYTHONPATH with which a process finds this very package, installed or not."""
+    given = os.environ.get("PYTHONPATH")
+    ours = str(Path(bam_kernels.__file__).resolve().parents[1])
+    return os.pathsep.join([ours, *filter(None, [given])])
 
 
 def main(arguments: Sequence[str]) -> None:

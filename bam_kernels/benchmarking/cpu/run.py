@@ -1,6 +1,6 @@
 """Time BAM on a CPU: ours against every peer that runs here, side by side in one process.
 
-    python benchmarks/cpu.py --threads 2 --dtype float32 bfloat16 --json FILE --check
+    python bam_kernels.benchmarking.cpu.run --threads 2 --dtype float32 bfloat16 --json FILE --check
 
 Peers are the plain PyTorch module, eager and under torch.compile, in NCHW and channels_last, ONNX
 Runtime, and OpenVINO in both layouts. All hold the same weights and are compared with float64
@@ -11,7 +11,7 @@ gradients, runs forward and out.backward(dout), with batch statistics, x requiri
 
 Ratios are the best peer's median, over all peers and layouts, divided by ours in NCHW and in
 channels_last. Rates reached count only what the fused module needs: FLOPs of the 1x1 reduction,
-the dilated convolutions, the projection, the pooling and the gate (`cpu_report.flops`), and 3
+the dilated convolutions, the projection, the pooling and the gate (`report.flops`), and 3
 passes over x-sized memory in inference, 8 in training. They stand beside the machine's own: its
 best matrix product, and its best copy of a map of the site's size and of a much larger one.
 """
@@ -29,26 +29,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
-for _folder in (ROOT / "benchmarks", ROOT):
-    if str(_folder) not in sys.path:
-        sys.path.insert(0, str(_folder))
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import sites  # noqa: E402
-import timing  # noqa: E402
-import torch  # noqa: E402
-
-import bam_kernels  # noqa: E402
-
-try:
-    import cpu_machine
-    import cpu_memory
-    import cpu_peers
-    import cpu_report
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-except ModuleNotFoundError as _error:
-    sys.exit(f"cpu.py: error: {_error.name} is not installed; pip install 'bam_kernels[bench]'")
+import bam_kernels
+from bam_kernels.benchmarking import sites, timing
+from bam_kernels.benchmarking.cpu import machine, memory, peers, report
 
 SITES = (
     (8, 256, 56, 56), (8, 512, 28, 28), (8, 1024, 14, 14),
@@ -101,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         help="what to time (default: both)")  # fmt: skip
     add("--presets", nargs="+", choices=tuple(bam_kernels.config.PRESETS),
         help="of the module (default: all; paper with --quick)")  # fmt: skip
-    add("--peers", nargs="+", choices=cpu_peers.PEERS,
+    add("--peers", nargs="+", choices=peers.PEERS,
         help="whom to time beside ours (default: all; eager with --quick)")  # fmt: skip
     add("--threads", type=_positive, default=2, help="threads of every side (default: 2)")
     add("--rounds", type=_positive, help="times taken of each side (default: 8; 3 with --quick)")
@@ -123,7 +110,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     quick = args.quick
     args.sites = args.sites or list(TINY if quick else SITES)
     args.presets = args.presets or (["paper"] if quick else list(bam_kernels.config.PRESETS))
-    args.peers = tuple(args.peers or ([cpu_peers.EAGER] if quick else cpu_peers.PEERS))
+    args.peers = tuple(args.peers or ([peers.EAGER] if quick else peers.PEERS))
     args.rounds = args.rounds or (3 if quick else 8)
     args.least_ms = args.least_ms or (2 if quick else 20)
     return args
@@ -131,11 +118,11 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
 
 def problems(
     args: argparse.Namespace,
-) -> tuple[list[cpu_peers.Problem], list[cpu_peers.Problem]]:
+) -> tuple[list[peers.Problem], list[peers.Problem]]:
     """What is timed, in order; and what cannot be: batch statistics take more than one sample."""
     modes = (sites.INFERENCE, sites.TRAINING) if args.mode == "both" else (args.mode,)
     wanted = [
-        cpu_peers.Problem(size, dtype, mode, preset)
+        peers.Problem(size, dtype, mode, preset)
         for mode in modes
         for preset in args.presets
         for dtype in args.dtype
@@ -149,7 +136,7 @@ def problems(
 
 
 def interleave(
-    sides: Sequence[cpu_peers.Side], rounds: int, least_ms: float
+    sides: Sequence[peers.Side], rounds: int, least_ms: float
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Times of a call by side, and why a side that failed on the way has none."""
     repeats: dict[str, int] = {}
@@ -197,26 +184,26 @@ def summary(values: Sequence[float]) -> dict[str, float | int]:
 
 
 def time_problem(
-    problem: cpu_peers.Problem, args: argparse.Namespace, limits: dict[str, Any]
+    problem: peers.Problem, args: argparse.Namespace, limits: dict[str, Any]
 ) -> dict[str, Any]:
     """One row: every side built, checked and timed."""
-    setting = cpu_peers.Setting.make(problem, args.threads)
-    sides, errors, reasons = cpu_peers.sides(setting, args.peers)
+    setting = peers.Setting.make(problem, args.threads)
+    sides, errors, reasons = peers.sides(setting, args.peers)
     times, failed = interleave(sides, args.rounds, args.least_ms)
     torch.compiler.reset()
     gc.collect()
-    return cpu_report.row(problem, times, errors, reasons | failed, limits)
+    return report.row(problem, times, errors, reasons | failed, limits)
 
 
 def overhead(args: argparse.Namespace) -> dict[str, Any]:
     """A call on a map so small that its time is that of everything but arithmetic."""
-    problem = cpu_peers.Problem(OVERHEAD, "float32", sites.INFERENCE, "paper")
-    setting = cpu_peers.Setting.make(problem, args.threads)
-    sides, _, reasons = cpu_peers.sides(setting, (cpu_peers.EAGER,))
+    problem = peers.Problem(OVERHEAD, "float32", sites.INFERENCE, "paper")
+    setting = peers.Setting.make(problem, args.threads)
+    sides, _, reasons = peers.sides(setting, (peers.EAGER,))
     nchw = [side for side in sides if side.layout == sites.NCHW]
     times, failed = interleave(nchw, args.rounds, args.least_ms)
     found: dict[str, Any] = {"site": "x".join(map(str, OVERHEAD)), "sides": times}
-    ours, eager = (times.get(f"{name} {sites.NCHW}") for name in (cpu_peers.OURS, cpu_peers.EAGER))
+    ours, eager = (times.get(f"{name} {sites.NCHW}") for name in (peers.OURS, peers.EAGER))
     if ours is None or eager is None:
         return {**found, "error": "; ".join((reasons | failed).values())}
     found["ours_us"], found["eager_us"] = ours["median_ms"] * 1e3, eager["median_ms"] * 1e3
@@ -230,15 +217,15 @@ def limits(args: argparse.Namespace) -> dict[str, Any]:
     copies = {}
     for size in args.sites:
         nbytes = 4 * math.prod(size)
-        copies["x".join(map(str, size))] = cpu_machine.copy_gigabytes(nbytes, rounds)
+        copies["x".join(map(str, size))] = machine.copy_gigabytes(nbytes, rounds)
     if not args.quick:
-        copies["large"] = cpu_machine.copy_gigabytes(cpu_machine.LARGE_BYTES, min(rounds, 3))
+        copies["large"] = machine.copy_gigabytes(machine.LARGE_BYTES, min(rounds, 3))
     return {
         "matmul_gflops": {
-            name: cpu_machine.matmul_gflops(getattr(torch, name), rounds) for name in dtypes
+            name: machine.matmul_gflops(getattr(torch, name), rounds) for name in dtypes
         },
         "copy_gigabytes_per_second": copies,
-        "large_bytes": cpu_machine.LARGE_BYTES,
+        "large_bytes": machine.LARGE_BYTES,
     }
 
 
@@ -247,10 +234,10 @@ def memory_requests(args: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for dtype in args.dtype:
         for size in args.sites:
-            problem = cpu_peers.Problem(size, dtype, sites.INFERENCE, args.presets[0])
+            problem = peers.Problem(size, dtype, sites.INFERENCE, args.presets[0])
             for side, layout in (
-                *((cpu_peers.OURS, layout) for layout in cpu_peers.LAYOUTS),
-                (cpu_peers.EAGER, sites.NCHW),
+                *((peers.OURS, layout) for layout in peers.LAYOUTS),
+                (peers.EAGER, sites.NCHW),
             ):
                 found.append(
                     {
@@ -274,8 +261,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {
-        "what": "times of a call in ms, medians over interleaved rounds; see benchmarks/cpu.py",
-        **cpu_machine.environment(args.threads),
+        "what": "times of a call in ms, medians over interleaved rounds",
+        **machine.environment(args.threads),
         "settings": {
             "backend": args.backend, "rounds": args.rounds, "least_ms": args.least_ms,
             "peers": args.peers, "quick": args.quick,
@@ -305,19 +292,19 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         for request in requests:
             told = f"memory {request['site']} {request['dtype']} {request['side']}"
             progress.update(task, description=told)
-            processes = 1 if args.quick or request["side"] == cpu_peers.EAGER else 3
-            result["memory"].append(cpu_memory.in_child(request, processes))
+            processes = 1 if args.quick or request["side"] == peers.EAGER else 3
+            result["memory"].append(memory.in_child(request, processes))
             progress.advance(task)
-    result["machine"]["load_average_after"] = cpu_machine.os.getloadavg()
-    result["bars"] = cpu_report.bars(result)
+    result["machine"]["load_average_after"] = machine.os.getloadavg()
+    result["bars"] = report.bars(result)
     return result
 
 
 def show_list(console: Console) -> None:
     """The default sites, and each peer with what it lacks."""
     console.print("sites: " + " ".join("x".join(map(str, size)) for size in SITES))
-    for peer in cpu_peers.PEERS:
-        console.print(f"{peer}: {cpu_peers.missing(peer) or 'ready'}", markup=False)
+    for peer in peers.PEERS:
+        console.print(f"{peer}: {peers.missing(peer) or 'ready'}", markup=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -330,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if args.table is not None:
         try:
-            table = cpu_report.markdown(json.loads(args.table.read_text(encoding="utf-8")))
+            table = report.markdown(json.loads(args.table.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, KeyError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             expected = "expected a file of --json's"
@@ -343,13 +330,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.error(f"argument --json: expected a file, got the folder {args.json}")
     try:
         result = run(args, Console(stderr=True))
-    except cpu_peers.NO_BACKEND as error:
+    except peers.NO_BACKEND as error:
         command.error(" ".join(str(error).split()))
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    cpu_report.show(result, out)
+    report.show(result, out)
     if args.check:
-        cpu_report.show_bars(result["bars"], out)
+        report.show_bars(result["bars"], out)
         return 0 if all(each["pass"] for each in result["bars"]) else 1
     return 0
 

@@ -1,0 +1,1 @@
+"""Measuring: what ``python -m bam_kernels bench`` and the suites in benchmarks/ run on."""

@@ -1,0 +1,1 @@
+"""On CPUs: the C++ backend beside its peers."""
