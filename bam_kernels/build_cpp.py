@@ -223,11 +223,11 @@ def build_testing(output: Path, *, work: Path | None = None, sanitize: bool = Fa
         raise BuildError("pybind11 is not installed; pip install pybind11")
     if not _python_include():
         raise BuildError("Python's headers are not installed (python3-dev)")
-    bindings = csrc / "testing" / "bindings.cpp"
+    bindings = (csrc / "testing").glob("bindings*.cpp")
     own_sources = sorted((csrc / "testing").glob("*.cpp"))
     sources = [*own_sources, csrc / "launch.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
     own = ("-isystem", str(Path(pybind11.origin).parent / "include"))
-    _build(output, csrc, sources, work, sanitize, {bindings.resolve(): own})
+    _build(output, csrc, sources, work, sanitize, {each.resolve(): own for each in bindings})
 
 
 def _sources(csrc: Path | None) -> Path:

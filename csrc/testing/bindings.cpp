@@ -1,12 +1,11 @@
 // What the tests see of the kernels' insides; built by the tests, never shipped. The functions
 // write into arrays that they are given, which must be of the types and sizes that they say.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstring>
 #include <optional>
 
+#include "arrays.h"
 #include "cpu/kernels.h"
 #include "internals.h"
 #include "launch.h"
@@ -18,23 +17,14 @@ namespace {
 using bam::Internals;
 using bam::Tables;
 
-// Arrays are taken as they are: one of another dtype is refused, never copied.
-template <class T>
-using Array = py::array_t<T>;
-
-void check(bool right, const char* what) {
-  if (!right) throw py::value_error(what);
-}
+using bam::Array;
+using bam::check;
+using bam::is_dense;
 
 template <class T>
 int64_t stride(const Array<T>& a, int axis) {
   check(a.strides(axis) % int64_t(sizeof(T)) == 0, "expected strides of whole elements");
   return a.strides(axis) / int64_t(sizeof(T));
-}
-
-template <class T>
-bool is_dense(const Array<T>& a, int axes) {
-  return a.ndim() == axes && (a.flags() & py::array::c_style);
 }
 
 template <class T, class U>
@@ -270,6 +260,7 @@ PYBIND11_MODULE(bam_kernels_cpp_testing, m) {
   for (const auto& [tables, internals] : all)
     if (tables && internals) sets[tables->name] = InstructionSet{tables, internals};
   m.attr("instruction_sets") = sets;
+  bam::define_amx(m);
 
   py::class_<Scratch>(m, "Arena")
       .def(py::init<>())
