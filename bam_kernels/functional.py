@@ -134,7 +134,7 @@ def bam(
         log_once(f"running plain PyTorch: {reason}")
         return _plain(x, channel, spatial, combine, residual, observer)
     # Under autocast a module of float32 parameters takes another x: the operator casts.
-    if backend == "cpp" and observer is None and torch.is_autocast_enabled("cpu"):
+    if observer is None and torch.is_autocast_enabled(x.device.type):
         arguments = inference.arguments(x, channel, spatial, combine, residual)
         if arguments is not None:
             return torch.ops.bam_kernels.bam(x, *arguments)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from bam_kernels.backends import ABSENT
 from bam_kernels.config import COMBINE_MODES
 from bam_kernels.dispatch import DTYPES, choose_backend
-from bam_kernels.fusable import has_hooks, unfusable
+from bam_kernels.fusable import has_hooks, unfusable, unfusable_mlp, unfusable_spatial
+from bam_kernels.ops.registry import backend_module
 from bam_kernels.reference import ChannelBranch, SpatialBranch
 
 Arguments = tuple[list[Tensor], list[int], list[float]]
@@ -36,15 +37,18 @@ def refine(
     combine: str,
     residual: bool,
 ) -> Tensor | None:
-    """The module's output, where the C++ backend runs and all that is asked for is inference.
+    """The module's output, where kernels run and all that is asked for is inference.
 
     None where that is not so, or where x does not fit: the caller goes the long way, which tells.
     """
-    if not (isinstance(x, Tensor) and x.dim() == 4 and x.is_cpu and x.dtype in DTYPES):
+    if not (isinstance(x, Tensor) and x.dim() == 4 and x.dtype in DTYPES):
         return None
-    if x.numel() == 0 or combine not in _MODES or choose_backend(x) != "cpp":
+    if x.numel() == 0 or combine not in _MODES:
         return None
-    if unfusable(channel, spatial) is not None:
+    backend = choose_backend(x)
+    if backend == "reference" or unfusable(channel, spatial) is not None:
+        return None
+    if backend == "triton" and not _fits_triton(channel, spatial, x.shape[0]):
         return None
     found = arguments(x, channel, spatial, combine, residual)
     if found is None:
@@ -55,16 +59,25 @@ def refine(
             first = branch._modules[name]
             first = first if name == "reduce" else first._modules["0"]
             weight = first._parameters["weight"]
-            if weight.dtype != x.dtype or weight.shape[1] != x.shape[1] or not weight.is_cpu:
+            if weight.dtype != x.dtype or weight.shape[1] != x.shape[1]:
+                return None
+            if not weight.is_cpu if backend == "cpp" else weight.device != x.device:
                 return None
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return torch.ops.bam_kernels.bam(x, *found)
     if type(x) not in _PLAIN or any(type(t) not in _PLAIN for t in params):
         return torch.ops.bam_kernels.bam(x, *found)
     # Past the dispatcher, which here takes as long as a small map.
-    from bam_kernels.backends import cpp
+    return backend_module(backend).bam_forward(x, *found)
 
-    return cpp.bam_forward(x, *found)
+
+def _fits_triton(
+    channel: ChannelBranch | None, spatial: SpatialBranch | None, samples: int
+) -> bool:
+    """Whether the Triton kernels hold these branches, which `unfusable` lets pass."""
+    if channel is not None and unfusable_mlp(channel, samples) is not None:
+        return False
+    return spatial is None or unfusable_spatial(spatial) is None
 
 
 def arguments(

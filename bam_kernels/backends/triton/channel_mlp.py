@@ -35,6 +35,117 @@ def normalize(value, at, in_at, mean, var, gamma, beta, EPS: tl.constexpr, ACC: 
     return value
 
 
+@triton.jit
+def mlp_block(
+    pid,
+    pooled,
+    weight0,
+    bias0,
+    weight1,
+    bias1,
+    hidden_gamma,
+    hidden_beta,
+    hidden_mean,
+    hidden_var,
+    gamma,
+    beta,
+    mean,
+    var,
+    logits,
+    hidden_out,
+    hidden_batch_mean,
+    hidden_batch_var,
+    batch_mean,
+    batch_var,
+    N,
+    C,
+    hidden,
+    channel_blocks,
+    pooled_tiles,
+    pooled_divisor,
+    HIDDEN_NORM: tl.constexpr,
+    HIDDEN_BATCH_STATS: tl.constexpr,
+    HIDDEN_EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    BATCH_STATS: tl.constexpr,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """BLOCK_N samples and BLOCK_C channels of the logits; `pid` counts sample x channel blocks.
+
+    Each computes the hidden layer of its samples anew: N * h * C multiplications on weights that
+    sit in L2, in exchange for a launch. `pooled` may be in parts [N, pooled_tiles, C], sums to be
+    added up and divided; None for pooled_tiles says that it is [N, C].
+    """
+    channel_block = pid % channel_blocks
+    samples = ((pid // channel_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    in_n = samples < N
+    units_h = tl.arange(0, BLOCK_H)
+    in_h = units_h < hidden
+    own = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_own = own < C
+
+    y = tl.zeros((BLOCK_N, BLOCK_H), ACC)
+    for start in range(0, C, BLOCK_C):
+        rows = start + tl.arange(0, BLOCK_C)
+        in_c = rows < C
+        at = samples[:, None] * C + rows[None, :]
+        in_nc = in_n[:, None] & in_c[None, :]
+        if pooled_tiles is None:
+            a = tl.load(pooled + at, mask=in_nc, other=0.0)
+        else:
+            a = tl.zeros((BLOCK_N, BLOCK_C), ACC)
+            for tile in range(pooled_tiles):
+                part = (samples[:, None] * pooled_tiles + tile) * C + rows[None, :]
+                a += tl.load(pooled + part, mask=in_nc, other=0.0)
+            a = a / pooled_divisor.to(ACC)
+        b = tl.load(
+            weight0 + units_h[None, :] * C + rows[:, None],
+            mask=in_h[None, :] & in_c[:, None],
+            other=0.0,
+        )
+        y = dot(a.to(ACC), b.to(ACC), y, "ieee")
+    if bias0 is not None:
+        y += tl.load(bias0 + units_h, mask=in_h, other=0.0).to(ACC)[None, :]
+    if hidden_out is not None and channel_block == 0:
+        at = samples[:, None] * hidden + units_h[None, :]
+        tl.store(hidden_out + at, y, mask=in_n[:, None] & in_h[None, :])
+    if HIDDEN_NORM:
+        if HIDDEN_BATCH_STATS:
+            mu, sigma2 = batch_statistics(y, in_n, N, ACC)
+            if channel_block == 0:
+                tl.store(hidden_batch_mean + units_h, mu, mask=in_h)
+                tl.store(hidden_batch_var + units_h, sigma2, mask=in_h)
+        else:
+            mu = tl.load(hidden_mean + units_h, mask=in_h, other=0.0).to(ACC)
+            sigma2 = tl.load(hidden_var + units_h, mask=in_h, other=1.0).to(ACC)
+        y = normalize(y, units_h, in_h, mu, sigma2, hidden_gamma, hidden_beta, HIDDEN_EPS, ACC)
+    y = tl.where(y < 0, 0.0, y)  # a ReLU that lets NaN through, as torch's does
+
+    w = tl.load(
+        weight1 + own[None, :] * hidden + units_h[:, None],
+        mask=in_own[None, :] & in_h[:, None],
+        other=0.0,
+    )
+    out = dot(tl.where(in_h[None, :], y, 0.0), w.to(ACC), tl.zeros((BLOCK_N, BLOCK_C), ACC), "ieee")
+    if bias1 is not None:
+        out += tl.load(bias1 + own, mask=in_own, other=0.0).to(ACC)[None, :]
+    if NORM:
+        if BATCH_STATS:
+            mu, sigma2 = batch_statistics(out, in_n, N, ACC)
+            tl.store(batch_mean + own, mu, mask=in_own)
+            tl.store(batch_var + own, sigma2, mask=in_own)
+        else:
+            mu = tl.load(mean + own, mask=in_own, other=0.0).to(ACC)
+            sigma2 = tl.load(var + own, mask=in_own, other=1.0).to(ACC)
+        out = normalize(out, own, in_own, mu, sigma2, gamma, beta, EPS, ACC)
+    at = samples[:, None] * C + own[None, :]
+    tl.store(logits + at, out, mask=in_n[:, None] & in_own[None, :])
+
+
 @triton.jit(do_not_specialize=["N", "channel_blocks"])
 def _channel_mlp_kernel(
     pooled,
@@ -71,68 +182,14 @@ def _channel_mlp_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One program: BLOCK_N samples and BLOCK_C channels of the logits.
-
-    Each computes the hidden layer of its samples anew: N * h * C multiplications on weights that
-    sit in L2, in exchange for a launch. Grid: sample blocks x channel blocks, flat.
-    """
-    pid = tl.program_id(0)
-    channel_block = pid % channel_blocks
-    samples = ((pid // channel_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    in_n = samples < N
-    units_h = tl.arange(0, BLOCK_H)
-    in_h = units_h < hidden
-    own = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_own = own < C
-
-    y = tl.zeros((BLOCK_N, BLOCK_H), ACC)
-    for start in range(0, C, BLOCK_C):
-        rows = start + tl.arange(0, BLOCK_C)
-        in_c = rows < C
-        at = samples[:, None] * C + rows[None, :]
-        a = tl.load(pooled + at, mask=in_n[:, None] & in_c[None, :], other=0.0)
-        b = tl.load(
-            weight0 + units_h[None, :] * C + rows[:, None],
-            mask=in_h[None, :] & in_c[:, None],
-            other=0.0,
-        )
-        y = dot(a.to(ACC), b.to(ACC), y, "ieee")
-    if bias0 is not None:
-        y += tl.load(bias0 + units_h, mask=in_h, other=0.0).to(ACC)[None, :]
-    if channel_block == 0:
-        at = samples[:, None] * hidden + units_h[None, :]
-        tl.store(hidden_out + at, y, mask=in_n[:, None] & in_h[None, :])
-    if HIDDEN_NORM:
-        if HIDDEN_BATCH_STATS:
-            mu, sigma2 = batch_statistics(y, in_n, N, ACC)
-            if channel_block == 0:
-                tl.store(hidden_batch_mean + units_h, mu, mask=in_h)
-                tl.store(hidden_batch_var + units_h, sigma2, mask=in_h)
-        else:
-            mu = tl.load(hidden_mean + units_h, mask=in_h, other=0.0).to(ACC)
-            sigma2 = tl.load(hidden_var + units_h, mask=in_h, other=1.0).to(ACC)
-        y = normalize(y, units_h, in_h, mu, sigma2, hidden_gamma, hidden_beta, HIDDEN_EPS, ACC)
-    y = tl.where(y < 0, 0.0, y)  # a ReLU that lets NaN through, as torch's does
-
-    w = tl.load(
-        weight1 + own[None, :] * hidden + units_h[:, None],
-        mask=in_own[None, :] & in_h[:, None],
-        other=0.0,
-    )
-    out = dot(tl.where(in_h[None, :], y, 0.0), w.to(ACC), tl.zeros((BLOCK_N, BLOCK_C), ACC), "ieee")
-    if bias1 is not None:
-        out += tl.load(bias1 + own, mask=in_own, other=0.0).to(ACC)[None, :]
-    if NORM:
-        if BATCH_STATS:
-            mu, sigma2 = batch_statistics(out, in_n, N, ACC)
-            tl.store(batch_mean + own, mu, mask=in_own)
-            tl.store(batch_var + own, sigma2, mask=in_own)
-        else:
-            mu = tl.load(mean + own, mask=in_own, other=0.0).to(ACC)
-            sigma2 = tl.load(var + own, mask=in_own, other=1.0).to(ACC)
-        out = normalize(out, own, in_own, mu, sigma2, gamma, beta, EPS, ACC)
-    at = samples[:, None] * C + own[None, :]
-    tl.store(logits + at, out, mask=in_n[:, None] & in_own[None, :])
+    """One program: a block. Grid: sample blocks x channel blocks, flat."""
+    mlp_block(
+        tl.program_id(0), pooled, weight0, bias0, weight1, bias1, hidden_gamma, hidden_beta,
+        hidden_mean, hidden_var, gamma, beta, mean, var, logits, hidden_out, hidden_batch_mean,
+        hidden_batch_var, batch_mean, batch_var, N, C, hidden, channel_blocks, None, None,
+        HIDDEN_NORM, HIDDEN_BATCH_STATS, HIDDEN_EPS, NORM, BATCH_STATS, EPS, ACC, BLOCK_N,
+        BLOCK_C, BLOCK_H,
+    )  # fmt: skip
 
 
 def dense(t: Tensor | None) -> Tensor | None:

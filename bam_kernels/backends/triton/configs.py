@@ -121,6 +121,37 @@ def channel_mlp_blocks(
     return block_n, block_c, block_h, num_warps
 
 
+# What an inference reads a second time from L2 in place of a launch: at some 3 TB/s it takes about
+# as long as that (2 to 3 us within a CUDA graph). By arithmetic; which is right, a GPU must tell.
+_READ_AGAIN_BYTES = 8 << 20
+
+
+def reads_again(nbytes: int) -> bool:
+    """Whether reading so many bytes again costs less than a launch would."""
+    return nbytes <= _READ_AGAIN_BYTES
+
+
+def block_whole(hidden: int) -> int:
+    """The width of a block that holds a whole hidden layer."""
+    return max(next_power_of_2(hidden), _LEAST)
+
+
+def mlp_gate_tile(
+    dtype: torch.dtype, samples: int, channels: int, positions: int, channels_last: bool
+) -> tuple[Tile, int]:
+    """Of the gate that computes the channel MLP for itself, and into how many parts a program's
+    walk over the positions is cut: each part computes the MLP anew, so no more than fill the GPU.
+    """
+    entry = _overrides.get("gate")
+    if entry is None:
+        entry = Tile(64, 64, 8, 1) if channels_last else Tile(32, 128, 8, 1)
+    block_c = min(entry.block_c, max(next_power_of_2(channels), _LEAST))
+    block_p = min(entry.block_p, max(next_power_of_2(positions), _LEAST))
+    programs = samples * -(-channels // block_c)
+    splits = max(1, min(-(-positions // block_p), TARGET_PROGRAMS // programs))
+    return dataclasses.replace(entry, block_c=block_c, block_p=block_p), splits
+
+
 def spatial_tile(
     dtype: torch.dtype, positions: int, hidden: int, channels_last: bool, precision: str
 ) -> Tile:

@@ -15,6 +15,12 @@ from triton.runtime import driver
 
 from bam_kernels import env, layout
 
+_TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 _ACCUMULATORS = {torch.float64: tl.float64}
 _ACCUMULATOR_DTYPES = {torch.float64: torch.float64}
 
@@ -27,6 +33,11 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """The same as torch's type, for workspaces."""
     return _ACCUMULATOR_DTYPES.get(dtype, torch.float32)
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """A floating dtype as Triton's type."""
+    return _TYPES[dtype]
 
 
 @dataclasses.dataclass(frozen=True)

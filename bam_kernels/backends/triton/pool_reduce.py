@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -98,14 +100,29 @@ def _pool_reduce_kernel(
         tl.store(reduced + offsets, narrow(acc, reduced.dtype.element_ty), mask=mask)
 
 
-def pool_reduce_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, pool: bool
-) -> tuple[Tensor, Tensor]:
-    """(pooled [N, C], reduced [N, h, H, W] in x's memory format), in x's dtype; empty where absent.
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What one launch leaves of both heads: whole, or in parts that are still to be added up.
 
-    x [N, C, H, W]; weight [h, C], of x's dtype; bias [h].
+    Args:
+        pooled: [N, C] in x's dtype; with `tiles` above 1 sums [N, tiles, C] in the accumulator's
+            type, of H * W in all; empty without pooling.
+        reduced: [N, h, H, W] in x's dtype and memory format; with `splits` above 1 [N, splits,
+            h * H * W] in the accumulator's type, dense in the order of x's format, the bias still
+            to be added; empty without a reduction.
+        tiles, splits: how many parts.
+        channels_last: the order in which a sample's values lie.
     """
-    x = layout.walkable(x)
+
+    pooled: Tensor
+    reduced: Tensor
+    tiles: int
+    splits: int
+    channels_last: bool
+
+
+def pool_reduce_parts(x: Tensor, weight: Tensor | None, bias: Tensor | None, pool: bool) -> Parts:
+    """The one launch over x. x [N, C, H, W], walkable; weight [h, C], of x's dtype; bias [h]."""
     w = walk(x)
     hidden = 0 if weight is None else weight.shape[0]
     precision = conv_precision(x.dtype)
@@ -118,23 +135,22 @@ def pool_reduce_forward(
         configs.split_channels(blocks, w.n * position_tiles * hidden_blocks, w.c, hidden),
     )
     splits = triton.cdiv(blocks, blocks_per_split)
-    pool_whole = position_tiles == 1
-
     partial = {"device": x.device, "dtype": accumulator_dtype(x.dtype)}
-    pooled = x.new_empty((w.n, w.c) if pool else 0)
-    reduced = layout.empty_map(x, hidden, x.dtype) if hidden else x.new_empty(0)
-    pooled_out, reduced_out = pooled, reduced
-    if pool and not pool_whole:
-        pooled_out = torch.empty((w.n, position_tiles, w.c), **partial)
+    pooled = reduced = x.new_empty(0)
+    if pool:
+        shape = (w.n, w.c) if position_tiles == 1 else (w.n, position_tiles, w.c)
+        pooled = x.new_empty(shape) if position_tiles == 1 else torch.empty(shape, **partial)
     if hidden and splits > 1:
-        reduced_out = torch.empty((w.n, splits, hidden * w.p), **partial)
+        reduced = torch.empty((w.n, splits, hidden * w.p), **partial)
+    elif hidden:
+        reduced = layout.empty_map(x, hidden, x.dtype)
     with device_guard(x):
         _pool_reduce_kernel[(w.n * splits * position_tiles, hidden_blocks)](
             x,
             None if weight is None else weight.contiguous(),
             bias.contiguous() if bias is not None and splits == 1 else None,
-            pooled_out if pool else None,
-            reduced_out if hidden else None,
+            pooled if pool else None,
+            reduced if hidden else None,
             w.p if w.channels_last else w.c,
             w.inner // w.align,
             *units(x, w),
@@ -144,7 +160,7 @@ def pool_reduce_forward(
             blocks_per_split,
             ALIGN=w.align,
             CHANNELS_LAST=w.channels_last,
-            POOL_WHOLE=pool_whole,
+            POOL_WHOLE=position_tiles == 1,
             PRECISION=precision,
             ACC=accumulator(x.dtype),
             BLOCK_C=t.block_c,
@@ -153,11 +169,45 @@ def pool_reduce_forward(
             num_warps=t.num_warps,
             num_stages=t.num_stages,
         )
-        jobs = []
-        if pooled_out is not pooled:
-            jobs.append(Job(pooled_out, pooled, position_tiles, divisor=w.p))
-        if reduced_out is not reduced:
-            run = 1 if w.channels_last else w.p
-            jobs.append(Job(reduced_out, reduced, splits, bias=bias, bias_run=run))
+    return Parts(
+        pooled, reduced, position_tiles if pool else 1, splits if hidden else 1, w.channels_last
+    )
+
+
+def whole(
+    x: Tensor,
+    parts: Parts,
+    hidden: int,
+    bias: Tensor | None,
+    *,
+    pooled: bool = True,
+    reduced: bool = True,
+) -> Parts:
+    """The parts added up in one launch, or in none where there are none: both heads, or one."""
+    jobs, found = [], parts
+    positions = x.shape[2] * x.shape[3]
+    if pooled and parts.tiles > 1:
+        out = x.new_empty(x.shape[:2])
+        jobs.append(Job(parts.pooled, out, parts.tiles, divisor=positions))
+        found = dataclasses.replace(found, pooled=out, tiles=1)
+    if reduced and parts.splits > 1:
+        out = layout.empty_map(x, hidden, x.dtype)
+        run = 1 if parts.channels_last else positions
+        jobs.append(Job(parts.reduced, out, parts.splits, bias=bias, bias_run=run))
+        found = dataclasses.replace(found, reduced=out, splits=1)
+    with device_guard(x):
         sum_splits(jobs)
-    return pooled, reduced
+    return found
+
+
+def pool_reduce_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, pool: bool
+) -> tuple[Tensor, Tensor]:
+    """(pooled [N, C], reduced [N, h, H, W] in x's memory format), in x's dtype; empty where absent.
+
+    x [N, C, H, W]; weight [h, C], of x's dtype; bias [h].
+    """
+    x = layout.walkable(x)
+    parts = pool_reduce_parts(x, weight, bias, pool)
+    parts = whole(x, parts, 0 if weight is None else weight.shape[0], bias)
+    return parts.pooled, parts.reduced

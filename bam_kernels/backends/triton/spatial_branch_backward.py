@@ -16,9 +16,9 @@ from bam_kernels.backends.reference import norm_widths, pairs_size, split_pairs
 from bam_kernels.backends.triton import configs
 from bam_kernels.backends.triton.device_math import map_offsets, narrow
 from bam_kernels.backends.triton.launch import device_guard
-from bam_kernels.backends.triton.spatial_branch import (
+from bam_kernels.backends.triton.spatial_branch import launch_project
+from bam_kernels.backends.triton.spatial_conv import (
     launch_conv,
-    launch_project,
     norm_arguments,
     projection_arguments,
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bam_kernels.backends.triton.device_math import dot, map_offsets, narrow
 from bam_kernels.backends.triton.launch import conv_precision
-from bam_kernels.backends.triton.spatial_branch import norm_arguments, spread
+from bam_kernels.backends.triton.spatial_conv import norm_arguments, spread
 from bam_kernels.backends.triton.spatial_layout import Map, Norm, Partials
 from bam_kernels.backends.triton.spatial_math import affine, merge_sums, relu, store_sums, tap_mask
 
