@@ -92,6 +92,54 @@ with compile_only("{target}") as reports:
 """
 
 
+# Inference behind the heads, which have tables of their own: as one tile leaves them, and in parts.
+INFERENCE = """
+import torch
+from bam_kernels.backends.triton import inference
+from bam_kernels.backends.triton.launch import walk
+from bam_kernels.backends.triton.pool_reduce import Parts
+from bam_kernels.testing.aot import compile_only
+
+def empty(*shape, dtype=None):
+    return torch.empty(shape, dtype=dtype or kind, device="meta")
+
+def norm(width):
+    return [empty(width, dtype=wide) for _ in range(4)]
+
+def parts(x, weight, bias, pool):
+    n, c, h, w = x.shape
+    last = walk(x).channels_last
+    fmt = torch.channels_last if last else torch.contiguous_format
+    reduced = empty(n, hidden, h, w).contiguous(memory_format=fmt)
+    if split == 1:
+        return Parts(empty(n, c), reduced, 1, 1, last)
+    some = empty(n, split, hidden * h * w, dtype=wide)
+    return Parts(empty(n, split, c, dtype=wide), some, split, split, last)
+
+inference.pool_reduce_parts = parts
+inference.gate_forward = lambda x, *rest: x
+with compile_only("{target}") as reports:
+    for name, tf32, (c, side, hidden) in {variants}:
+        kind = getattr(torch, name)
+        wide = torch.float64 if kind == torch.float64 else torch.float32
+        torch.backends.cudnn.allow_tf32 = tf32
+        for fmt, official, split in (
+            (torch.contiguous_format, False, 4), (torch.channels_last, True, 1),
+        ):
+            x = empty(2, c, side, side).contiguous(memory_format=fmt)
+            inner, outer = (norm, lambda _: []) if official else (lambda _: [], norm)
+            linear = [empty(hidden, c), empty(hidden), *inner(hidden), empty(c, hidden), empty(c)]
+            linear += outer(c)
+            conv = [*inner(hidden), empty(hidden, hidden, 3, 3), empty(hidden)]
+            last = [*inner(hidden), empty(1, hidden, 1, 1), empty(1), *outer(1)]
+            spatial = [empty(hidden, c), empty(hidden), *conv, *conv, *last]
+            eps, norms = [1e-5] * 4, [int(official), int(not official)]
+            head = [0, 1, 2, *norms]
+            inference.bam_forward(x, linear + spatial, [*head, 1, 2, 4, *norms, hidden], eps)
+            inference.bam_forward(x, linear, [*head, 0, 0, 1, 0, 0, 0], eps)
+"""
+
+
 # What a process compiles for one target, since starting it takes as long as a dozen kernels:
 # (dtype, whether with TF32, site).
 TABLES = (
@@ -102,6 +150,13 @@ TABLES = (
 BRANCH_TABLES = (
     *(("float16", True, site) for site in SITES),
     *(("float32", True, site) for site in SITES),
+    ("float32", False, SITES[2]),
+)
+
+
+INFERENCE_TABLES = (
+    *(("float16", True, site) for site in ((64, 56, 4), *SITES)),
+    *(("float32", True, site) for site in ((64, 56, 4), *SITES)),
     ("float32", False, SITES[2]),
 )
 
@@ -170,3 +225,19 @@ def test_branches(target):
         text = aot.format_table([report])
         assert report.spill_bytes == 0, text
         assert report.fits_shared, text
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_inference(target):
+    """Hidden widths of 4, 16, 32 and 64."""
+    kernels = {"_conv_mlp_kernel", "_mlp_gate_kernel"}
+    for report in compiled(INFERENCE, target, INFERENCE_TABLES, kernels):
+        text = aot.format_table([report])
+        assert report.spill_bytes == 0, text
+        assert report.fits_shared, text
+        if report.name != "_mlp_gate_kernel":
+            continue
+        nchw = not report.constants["CHANNELS_LAST"]
+        narrow = nchw and report.constants["ALIGN"] == 4 and report.signature["x"] != "*fp32"
+        assert report.accesses["x"].load_bits == {64 if narrow else 128}, text
+        assert report.accesses["out"].store_bits == {64 if narrow else 128}, text

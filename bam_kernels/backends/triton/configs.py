@@ -121,9 +121,9 @@ def channel_mlp_blocks(
     return block_n, block_c, block_h, num_warps
 
 
-# What an inference reads a second time from L2 in place of a launch: at some 3 TB/s it takes about
-# as long as that (2 to 3 us within a CUDA graph). By arithmetic; which is right, a GPU must tell.
-_READ_AGAIN_BYTES = 8 << 20
+# What an inference reads a second time from L2 in place of a launch: at 4 TB/s it takes as long as
+# one of 3 us. By arithmetic; what is right, a GPU must tell.
+_READ_AGAIN_BYTES = 12 << 20
 
 
 def reads_again(nbytes: int) -> bool:
@@ -137,19 +137,25 @@ def block_whole(hidden: int) -> int:
 
 
 def mlp_gate_tile(
-    dtype: torch.dtype, samples: int, channels: int, positions: int, channels_last: bool
-) -> tuple[Tile, int]:
+    samples: int, channels: int, positions: int, row_bytes: int, whole_bytes: int
+) -> tuple[Tile, int] | None:
     """Of the gate that computes the channel MLP for itself, and into how many parts a program's
-    walk over the positions is cut: each part computes the MLP anew, so no more than fill the GPU.
+    walk over the positions is cut; None where that reads more again than a launch costs.
+
+    Each program reads `whole_bytes`, the first layer and the pooled sample, and `row_bytes` of the
+    second layer for each of its channels. Few and large blocks of channels read less again, many
+    fill the GPU: the smallest that can be afforded, in as many parts as can be.
     """
-    entry = _overrides.get("gate")
-    if entry is None:
-        entry = Tile(64, 64, 8, 1) if channels_last else Tile(32, 128, 8, 1)
-    block_c = min(entry.block_c, max(next_power_of_2(channels), _LEAST))
-    block_p = min(entry.block_p, max(next_power_of_2(positions), _LEAST))
-    programs = samples * -(-channels // block_c)
-    splits = max(1, min(-(-positions // block_p), TARGET_PROGRAMS // programs))
-    return dataclasses.replace(entry, block_c=block_c, block_p=block_p), splits
+    for block_c in (32, 64, 128):
+        block_c = min(block_c, max(next_power_of_2(channels), _LEAST))
+        block_p = min(4096 // block_c, max(next_power_of_2(positions), _LEAST))
+        programs = samples * -(-channels // block_c)
+        again = programs * (whole_bytes + block_c * row_bytes)
+        if reads_again(again):
+            splits = min(-(-positions // block_p), TARGET_PROGRAMS // programs)
+            splits = max(1, min(splits, _READ_AGAIN_BYTES // max(again, 1)))
+            return Tile(block_c, block_p, 8, 1, 64), splits
+    return None
 
 
 def spatial_tile(
@@ -246,7 +252,7 @@ def _spatial_branch(itemsize: int, hidden: int, channels_last: bool, precision: 
     # ones, or other warps, have the assembler aim at one more block a multiprocessor and spill an
     # address for it, on one target or with one version of Triton; these entries do on none.
     if itemsize == 8:
-        return Tile(0, 32, 4, 1)
+        return Tile(0, 16, 8, 1) if hidden > 64 else Tile(0, 32, 4, 1)
     if itemsize == 2:
         if hidden > 32:
             return Tile(0, 64, 8, 1)

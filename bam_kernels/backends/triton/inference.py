@@ -32,6 +32,7 @@ from bam_kernels.backends.triton.launch import (
     accumulator_dtype,
     conv_precision,
     device_guard,
+    registers,
     triton_dtype,
     units,
     walk,
@@ -368,8 +369,7 @@ def _logits(x: Tensor, module: Module, parts: Parts) -> tuple[Tensor | None, Ten
     parts = whole(
         x, parts, hidden, module.reduce.bias,
         pooled=bool(module.channel) and not beside,
-        reduced=not module.convs
-        or not configs.reads_again(9 * m.count * tile.block_p * hidden * parts.splits * 4),
+        reduced=not module.convs or not configs.reads_again(_taps_bytes(m, parts)),
     )  # fmt: skip
     logits = m.workspace(n, 1, h, w)
     channel = None
@@ -394,6 +394,12 @@ def _logits(x: Tensor, module: Module, parts: Parts) -> tuple[Tensor | None, Ten
     if beside:
         channel = mlp.logits
     return channel, logits
+
+
+def _taps_bytes(m: Map, parts: Parts) -> int:
+    """What the first convolution's nine taps read of the reduction's parts: three times all of
+    them, as the taps of a row are in L1 when the first of them has been read."""
+    return 3 * m.n * m.hidden * m.positions * parts.splits * parts.reduced.itemsize
 
 
 def _channel_logits(pooled: Tensor, layers: tuple[Layer, ...]) -> Tensor:
@@ -526,24 +532,24 @@ def _launch_conv(
         BLOCK_K=m.block_k,
         BLOCK_T=m.block_t,
         **(_NO_MLP if mlp is None else mlp.arguments),
-        **m.constants(),
+        **m.constants(allowed=255),
     )
 
 
 def _channel_only(x: Tensor, module: Module, parts: Parts) -> Tensor:
     """The gate of the channel branch alone (Squeeze-and-Excitation), the MLP within it."""
-    w = walk(x)
-    first = module.channel[0]
-    hidden = first.weight.shape[0]
-    block_h = configs.block_whole(hidden)
-    t, splits = configs.mlp_gate_tile(x.dtype, w.n, w.c, w.p, w.channels_last)
-    blocks = triton.cdiv(w.c, t.block_c)
-    each = 2 * first.weight.numel() * first.weight.itemsize  # a program's reads that are not of x
-    each += parts.pooled.numel() // w.n * parts.pooled.itemsize
-    if not configs.reads_again(w.n * blocks * splits * each) or block_h > 128:
+    n, c, h, w = x.shape
+    weight = module.channel[0].weight
+    hidden, block_h = weight.shape[0], configs.block_whole(weight.shape[0])
+    row_bytes = hidden * module.channel[1].weight.itemsize
+    whole_bytes = weight.numel() * weight.itemsize + parts.pooled.numel() // n * 4
+    found = configs.mlp_gate_tile(n, c, h * w, row_bytes, whole_bytes)
+    if found is None or block_h > 128:
         parts = whole(x, parts, 0, None)
-        c = _channel_logits(parts.pooled, module.channel)
-        return gate_forward(x, c, None, "sum", module.residual)
+        logits = _channel_logits(parts.pooled, module.channel)
+        return gate_forward(x, logits, None, "sum", module.residual)
+    t, splits = found
+    blocks = triton.cdiv(c, t.block_c)
     out = torch.empty_like(x)
     w = walk(x, out)
     tiles = triton.cdiv(w.p, t.block_p)
@@ -572,5 +578,6 @@ def _channel_only(x: Tensor, module: Module, parts: Parts) -> Tensor:
             BLOCK_K=32,
             num_warps=t.num_warps,
             num_stages=t.num_stages,
+            **({} if t.registers is None else registers(t.registers, t.num_warps)),
         )
     return out

@@ -136,9 +136,12 @@ class Map:
             memory_format=fmt,
         )
 
-    def constants(self) -> dict[str, object]:
-        """The compile-time arguments that every kernel of the branch has."""
-        most = self.tile.registers
+    def constants(self, allowed: int | None = None) -> dict[str, object]:
+        """The compile-time arguments that every kernel of the branch has.
+
+        `allowed` is what a thread may take of registers, in place of what the table says.
+        """
+        most = allowed or self.tile.registers
         return {
             "CHANNELS_LAST": self.channels_last,
             "ACC": accumulator(self.dtype),
