@@ -27,6 +27,7 @@ import torch  # noqa: E402
 
 import bam_kernels  # noqa: E402
 from bam_kernels.backends.triton import configs  # noqa: E402
+from bam_kernels.benchmarking.results import traffic_markdown as markdown  # noqa: E402
 from bam_kernels.testing.traffic import measure  # noqa: E402
 
 SHAPES = ((2, 256, 56, 56), (4, 512, 28, 28), (4, 1024, 14, 14))  # ResNet-50's three bottlenecks
@@ -92,26 +93,6 @@ def peak_bytes(step: Callable[[], None]) -> int:
             now += event.nbytes()
             most = max(most, now)
     return most
-
-
-def markdown(rows: list[dict]) -> str:
-    """The rows in NCHW as the README's table; the JSON has channels_last beside them."""
-    lines = [
-        "| shape | preset | module | passes forward | backward | inference "
-        "| launches forward | backward | inference | kept for backward | peak |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if row["layout"] != "nchw":
-            continue
-        passes, launches = row["passes"], row["launches"]
-        lines.append(
-            f"| {'x'.join(map(str, row['shape']))} | {row['preset']} | {row['module']} "
-            f"| {passes['forward']:.1f} | {passes['backward']:.1f} | {passes['inference']:.1f} "
-            f"| {launches['forward']} | {launches['backward']} | {launches['inference']} "
-            f"| {row['kept_for_backward']:.2f} x | {row['peak']:.2f} x |"
-        )
-    return "\n".join(lines)
 
 
 def commit() -> str:

@@ -10,12 +10,12 @@ import argparse
 from collections.abc import Sequence
 
 from bam_kernels._version import __version__
-from bam_kernels.cli import demo
+from bam_kernels.cli import demo, doctor, results
 from bam_kernels.cli.output import FAILED, USAGE_ERROR
 
 __all__ = ["FAILED", "USAGE_ERROR", "main"]
 
-COMMANDS = (demo,)
+COMMANDS = (demo, doctor, results)
 """Modules with ``add_parser(commands)``, which sets ``run(args) -> exit status``."""
 
 
