@@ -145,8 +145,9 @@ def _stages(options: Options, say: Callable[[str], None]) -> dict[str, dict[str,
     except OSError as error:
         done = _told(error)
     for name in STAGES:
-        found.setdefault(name, {"error": done})
-        done = f"not reached: the stage before it, {name!r}, did not end"
+        if name not in found:
+            found[name] = {"error": done}
+            done = f"not reached: the stage before it, {name!r}, did not end"
     return found
 
 

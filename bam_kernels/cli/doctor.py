@@ -131,9 +131,8 @@ def _print(report: dict[str, Any]) -> None:
     rows.append(["ninja", _text(tools["ninja"])])
     print_table("Versions", ("what", "version"), [rows])
     print_table("Devices", ("device", "name", "what it can do"), [_devices(report)])
-    if report["environment"]:
-        rows = [[each["name"], each["value"], each["effect"]] for each in report["environment"]]
-        print_table("Environment", ("variable", "value", "what it does"), [rows])
+    for each in report["environment"]:
+        print(f"{each['name']}={each['value']}: {each['effect']}")
     library = report["library"]
     if library.get("loaded"):
         print(f"C++ library: loaded, {library['route']}, isa {library['isa']}: {library['path']}")
