@@ -301,7 +301,8 @@ def _library() -> dict[str, Any]:
     if reason is not None:
         return {"loaded": False, "damaged": cpp_library.is_damaged(), "reason": reason}
     paths = sorted(torch.ops.loaded_libraries)
-    path = next((path for path in paths if "bam_kernels" in path or "_C.abi3" in path), None)
+    own = (build_cpp.LIBRARY_NAME, "bam_kernels_cpp")
+    path = next((path for path in paths if Path(path).name.startswith(own)), None)
     csrc = build_cpp.source_folder()
     if env.cpp_library() is not None:
         route, path = "BAM_KERNELS_CPP_LIBRARY", str(env.cpp_library())

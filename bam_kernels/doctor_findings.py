@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from bam_kernels import env
 
 PROBLEM, NOTE = "problem", "note"
+
+_BUILD = "mend what the compiler says, or set CXX to another: g++ (10 or newer) or clang++"
 
 EFFECTS = {
     "BAM_KERNELS_BACKEND": "every call of the process runs on this backend, or raises",
@@ -98,7 +101,7 @@ def _check_library(report: dict[str, Any], add: _Add) -> None:
     elif library.get("damaged"):
         add(PROBLEM, f"the C++ library is damaged: {library['reason']}", cut)
     elif not library["loaded"]:
-        todo = "; ".join(tools["missing"]) or "see the reason"
+        todo = "; ".join(tools["missing"]) or _BUILD
         if env.backend() == "reference" or os.environ.get("BAM_KERNELS_BUILD") == "none":
             todo = "unset BAM_KERNELS_BACKEND and BAM_KERNELS_BUILD for it to be built"
         add(NOTE, f"the C++ library is not loaded: {library['reason']}", todo)
@@ -127,8 +130,9 @@ def _check_backend(report: dict[str, Any], variables: dict[str, str], add: _Add)
         add(NOTE, "plain PyTorch runs, as BAM_KERNELS_BUILD=none asks", "unset it for the kernels")
         return
     todo = {
-        "cpp": "; ".join(report["toolchain"]["missing"]) or "mend the C++ library",
+        "cpp": "; ".join(report["toolchain"]["missing"]) or _BUILD,
         "triton": "pip install triton",
     }
-    level = PROBLEM if kind in ("cpu", "cuda", "xpu") else NOTE
+    kernels = kind in ("cuda", "xpu") or (kind == "cpu" and sys.platform.startswith("linux"))
+    level = PROBLEM if kernels else NOTE
     add(level, f"plain PyTorch runs, no fused kernels: {reason}", todo[fused])

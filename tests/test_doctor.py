@@ -134,19 +134,15 @@ def test_for_people_and_variables(needs_library, examine, tmp_path, capsys):
 # --- broken ones ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["cut off", "missing"])
-def test_a_damaged_library(damage, needs_library, examine, tmp_path):
+def test_a_damaged_library(needs_library, examine, tmp_path):
     library = tmp_path / "library.so"
-    if damage == "cut off":
-        library.write_bytes(Path(next(iter(torch.ops.loaded_libraries))).read_bytes()[:-1000])
+    library.write_bytes(Path(doctor._library()["path"]).read_bytes()[:-1000])
     report = examine(BAM_KERNELS_CPP_LIBRARY=library)
     assert report["status"] == 1 and report["library"]["damaged"]
     assert str(library) in finding(report, "is damaged")["what"]
     assert "BAM_KERNELS_BACKEND=reference" in finding(report, "is damaged")["advice"]
     assert "ImportError" in report["backend"]["error"]
     assert report["versions"]["torch"] == torch.__version__
-    if damage == "missing":
-        return
     # Going on without it is told to be possible, and is; the library is no better for it.
     report = examine(BAM_KERNELS_CPP_LIBRARY=library, BAM_KERNELS_BACKEND="reference")
     assert report["smoke"]["pass"] and report["backend"]["chosen"] == "reference"

@@ -260,11 +260,15 @@ def test_plots(capsys, gpu, tmp_path):
     image = pytest.importorskip("PIL.Image")
     np = pytest.importorskip("numpy")
     plots = tmp_path / "a" / "plots"
-    status, _, err = command(capsys, gpu, TRAFFIC, CPU, "--plot", plots)
+    cpu, traffic = tmp_path / "cpu.json", tmp_path / "traffic.json"
+    for source, path in ((CPU, cpu), (TRAFFIC, traffic)):  # half of each: drawing takes its time
+        data = json.loads(source.read_text())
+        data["rows"] = [row for row in data["rows"] if row["preset"] == "official"]
+        path.write_text(json.dumps(data))
+    status, _, err = command(capsys, gpu, traffic, cpu, "--plot", plots)
     assert status == 0
     names = {path.name for path in plots.iterdir()}
-    stems = [f"{p.stem}-{preset}.png" for p in (TRAFFIC, CPU) for preset in ("paper", "official")]
-    assert names == {*stems, "gpu-made-up-paper.png"}
+    assert names == {"cpu-official.png", "traffic-official.png", "gpu-made-up-paper.png"}
     for name in names:
         assert name in err
         pixels = np.asarray(image.open(plots / name).convert("RGB"))
