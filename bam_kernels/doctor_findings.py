@@ -95,7 +95,9 @@ def _check_triton(triton: Any, gpus: list[Any], variables: dict[str, str], add: 
 
 def _check_library(report: dict[str, Any], add: _Add) -> None:
     library, tools = report["library"], report["toolchain"]
-    cut = "reinstall bam_kernels, or set BAM_KERNELS_BACKEND=reference"
+    named = env.cpp_library() is not None
+    cut = "unset BAM_KERNELS_CPP_LIBRARY" if named else "delete it and install bam_kernels again"
+    cut += ", or set BAM_KERNELS_BACKEND=reference"
     if "error" in library:
         add(PROBLEM, f"the C++ library cannot be examined: {library['error']}", cut)
     elif library.get("damaged"):

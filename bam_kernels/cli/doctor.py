@@ -167,7 +167,7 @@ def _print_backend(report: dict[str, Any]) -> None:
     mode = "training" if asked["training"] else "inference"
     print(
         f"BAM({asked['shape'][1]}, reduction={asked['reduction']}, preset={asked['preset']!r}), "
-        f"{mode}, {shape} {asked['dtype']} {asked['layout']} on {backend.get('device', '?')}:"
+        f"{mode}, {shape} {asked['dtype']} {asked['layout']} on {backend.get('device', asked['device'])}:"
     )
     if "error" in backend:
         print(_wrapped("  no backend runs: ", backend["error"]))
