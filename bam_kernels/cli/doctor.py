@@ -165,9 +165,10 @@ def _print_backend(report: dict[str, Any]) -> None:
     asked, backend = report["module"], report["backend"]
     shape = "x".join(map(str, asked["shape"]))
     mode = "training" if asked["training"] else "inference"
+    device = backend.get("device", asked["device"])
     print(
         f"BAM({asked['shape'][1]}, reduction={asked['reduction']}, preset={asked['preset']!r}), "
-        f"{mode}, {shape} {asked['dtype']} {asked['layout']} on {backend.get('device', asked['device'])}:"
+        f"{mode}, {shape} {asked['dtype']} {asked['layout']} on {device}:"
     )
     if "error" in backend:
         print(_wrapped("  no backend runs: ", backend["error"]))
