@@ -4,7 +4,7 @@ VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
 PYTEST_ARGS ?= -q -n auto
 
-.PHONY: demo test test-oldest lint sanitize abi-audit clean
+.PHONY: demo test test-oldest docs lint sanitize abi-audit clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m bam_kernels demo $(DEMO_ARGS)
@@ -15,6 +15,11 @@ test: $(VENV)/.installed
 # The oldest supported pair; this Triton's interpreter needs numpy < 2.4.
 test-oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# The documentation, into site/; fails on a broken link or reference.
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --editable '.[docs]'
+	$(VENV)/bin/python -m mkdocs build --strict
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,126 @@
+"""What mkdocs fills in when it builds: tables from results files, drawings, the commands' help.
+
+A line ``<!-- fill: NAME -->`` in a page is replaced; an unknown name is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+sys.path.insert(0, str(ROOT))
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def traffic() -> str:
+    """All rows of traffic.json, both memory formats."""
+    data = json.loads((RESULTS / "traffic.json").read_text())
+    lines = [
+        "| shape | layout | preset | module | passes forward | backward | inference "
+        "| launches forward | backward | inference | kept | peak |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        cells = ["x".join(map(str, row["shape"])), row["layout"], row["preset"], row["module"]]
+        for what, form in (("passes", "{:.1f}"), ("launches", "{}")):
+            cells += [form.format(row[what][k]) for k in ("forward", "backward", "inference")]
+        cells += [f"{row['kept_for_backward']:.2f} x", f"{row['peak']:.2f} x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    told = f"torch {data['torch']}, Triton {data['triton']}, commit `{data['commit'][:12]}`"
+    return "\n".join(lines) + f"\n\nCounted with {told}: {data['what']}."
+
+
+def cpu() -> str:
+    """Each results file of the CPU benchmark: machine, versions, and its table."""
+    from bam_kernels.benchmarking.cpu import report
+
+    parts = []
+    for path in sorted(RESULTS.glob("cpu-*.json")):
+        data = json.loads(path.read_text())
+        machine = data["machine"]
+        parts.append(
+            f"`{path.name}`: {machine['cpu']}, {machine['threads']} threads, torch "
+            f"{data['versions']['torch']}, commit `{data['commit'][:12]}`.\n\n"
+            + report.markdown(data).strip()
+        )
+    return "\n\n".join(parts)
+
+
+def tolerances() -> str:
+    """The table of tests/tolerances.py."""
+    found = _load(ROOT / "tests/tolerances.py")
+    lines = ["| dtype | largest relative error against float64 |", "|---|---|"]
+    lines += [f"| {str(t).removeprefix('torch.')} | {v:.0e} |" for t, v in found.PARITY.items()]
+    return "\n".join(lines) + (
+        f"\n\nBeside eager's own error in the same dtype: at most {found.PEER} times, where there "
+        f"are {found.PEER_ELEMENTS} elements or more."
+    )
+
+
+def commands() -> str:
+    """The help of every command, as argparse prints it."""
+    from bam_kernels import cli
+
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "88"
+    try:
+        parser = cli._parser()
+        parts = [f"```text\n{parser.format_help().strip()}\n```"]
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, each in action.choices.items():
+                    parts.append(f"## {name}\n\n```text\n{each.format_help().strip()}\n```")
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+    return "\n\n".join(parts)
+
+
+def public() -> str:
+    """A line for mkdocstrings a name of ``bam_kernels.__all__``, but its modules."""
+    import bam_kernels
+
+    names = [n for n in bam_kernels.__all__ if callable(getattr(bam_kernels, n))]
+    return "\n\n".join(f"::: bam_kernels.{name}" for name in names)
+
+
+def _drawing(name: str) -> Callable[[], str]:
+    return lambda: _load(ROOT / "docs/drawings.py").svg(name)
+
+
+FILLS: dict[str, Callable[[], str]] = {
+    "traffic": traffic,
+    "cpu": cpu,
+    "tolerances": tolerances,
+    "commands": commands,
+    "public": public,
+    "forward": _drawing("forward"),
+    "backward": _drawing("backward"),
+}
+
+
+def fill(markdown: str) -> str:
+    """The page with its marks replaced."""
+    return re.sub(r"^<!-- fill: (\S+) -->$", lambda m: FILLS[m[1]](), markdown, flags=re.M)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return fill(markdown)
