@@ -136,7 +136,7 @@ def bam(
     # Under autocast a module of float32 parameters takes another x: the operator casts.
     if observer is None and torch.is_autocast_enabled(x.device.type):
         arguments = inference.arguments(x, channel, spatial, combine, residual)
-        if arguments is not None:
+        if arguments is not None and (backend == "cpp" or inference.fits_triton(arguments)):
             return torch.ops.bam_kernels.bam(x, *arguments)
     if observer is None:
         out = training.refine(x, channel, spatial, combine, residual, backend)

@@ -17,7 +17,11 @@ from bam_kernels.reference import ChannelBranch, SpatialBranch
 # limit is lower where the hidden layer is wider than 64.
 _MLP_REGISTERS, _WIDE_MLP_REGISTERS = 8192, 4096
 
-_MOST_HIDDEN = 128  # the spatial kernels hold all hidden channels of a tile
+MOST_HIDDEN = 128
+"""Channels inside of the spatial branch: its kernels hold all of a tile's."""
+
+MOST_MLP_HIDDEN = _WIDE_MLP_REGISTERS // 16
+"""Hidden units of the channel MLP without batch statistics: 16 samples at a time."""
 
 
 def unfusable(channel: ChannelBranch | None, spatial: SpatialBranch | None) -> str | None:
@@ -98,8 +102,8 @@ def unfusable_spatial(branch: SpatialBranch) -> str | None:
     norms = [] if branch.hidden_norm is None else list(branch.hidden_norm)
     norms += [] if branch.norm is None else [branch.norm]
     hidden = branch.reduce.out_channels
-    if hidden > _MOST_HIDDEN:
-        return f"it is {hidden} channels wide inside; the kernels take {_MOST_HIDDEN} at most"
+    if hidden > MOST_HIDDEN:
+        return f"it is {hidden} channels wide inside; the kernels take {MOST_HIDDEN} at most"
     for module in (*convs, branch.project, *norms):
         if type(module) not in (nn.Conv2d, nn.BatchNorm2d):
             return f"it holds a {type(module).__name__}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bam_kernels.backends import ABSENT
 from bam_kernels.config import COMBINE_MODES
 from bam_kernels.dispatch import DTYPES, choose_backend
-from bam_kernels.fusable import has_hooks, unfusable, unfusable_mlp, unfusable_spatial
+from bam_kernels.fusable import MOST_HIDDEN, MOST_MLP_HIDDEN, has_hooks, unfusable
 from bam_kernels.ops.registry import backend_module
 from bam_kernels.reference import ChannelBranch, SpatialBranch
 
@@ -48,10 +48,8 @@ def refine(
     backend = choose_backend(x)
     if backend == "reference" or unfusable(channel, spatial) is not None:
         return None
-    if backend == "triton" and not _fits_triton(channel, spatial, x.shape[0]):
-        return None
     found = arguments(x, channel, spatial, combine, residual)
-    if found is None:
+    if found is None or (backend == "triton" and not fits_triton(found)):
         return None
     params = found[0]
     for branch, name in ((spatial, "reduce"), (channel, "fc")):
@@ -71,13 +69,13 @@ def refine(
     return backend_module(backend).bam_forward(x, *found)
 
 
-def _fits_triton(
-    channel: ChannelBranch | None, spatial: SpatialBranch | None, samples: int
-) -> bool:
-    """Whether the Triton kernels hold these branches, which `unfusable` lets pass."""
-    if channel is not None and unfusable_mlp(channel, samples) is not None:
+def fits_triton(arguments: Arguments) -> bool:
+    """Whether the Triton kernels take a module: one hidden layer, no wider than they hold."""
+    params, options, _ = arguments
+    layers, spatial, hidden = options[2], options[5], options[10]
+    if layers and (layers != 2 or params[0].shape[0] > MOST_MLP_HIDDEN):
         return False
-    return spatial is None or unfusable_spatial(spatial) is None
+    return not spatial or hidden <= MOST_HIDDEN
 
 
 def arguments(

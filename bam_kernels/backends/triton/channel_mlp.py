@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bam_kernels.backends.triton import configs
 from bam_kernels.backends.triton.device_math import dot
-from bam_kernels.backends.triton.launch import accumulator, accumulator_dtype, device_guard
+from bam_kernels.backends.triton.launch import accumulator, accumulator_dtype, cdiv, device_guard
 
 
 @triton.jit
@@ -237,9 +237,9 @@ def channel_mlp_forward(
     block_n, block_c, block_h, num_warps = configs.channel_mlp_blocks(
         n, hidden, (hidden_norm and hidden_batch_stats) or (norm and batch_stats), logits.itemsize
     )
-    channel_blocks = triton.cdiv(c, block_c)
+    channel_blocks = cdiv(c, block_c)
     with device_guard(pooled):
-        _channel_mlp_kernel[(triton.cdiv(n, block_n) * channel_blocks,)](
+        _channel_mlp_kernel[(cdiv(n, block_n) * channel_blocks,)](
             pooled.contiguous(),
             weight0.contiguous(),
             dense(bias0),

@@ -18,6 +18,7 @@ from bam_kernels.backends.triton.device_math import dot, narrow
 from bam_kernels.backends.triton.launch import (
     accumulator,
     accumulator_dtype,
+    cdiv,
     device_guard,
     registers,
 )
@@ -274,7 +275,7 @@ def channel_mlp_backward(
         wide.itemsize,
         backward=True,
     )
-    blocks = triton.cdiv(c, block_c)
+    blocks = cdiv(c, block_c)
     dpooled = pooled.new_empty((n, c) if need_pooled else 0)
     dweight0, dbias0 = weight0.new_empty((hidden, c)), weight0.new_empty(hidden)
     dweight1, dbias1 = weight1.new_empty((c, hidden)), weight1.new_empty(c)

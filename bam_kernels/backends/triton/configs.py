@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -78,6 +79,20 @@ def tile(
         precision: of fp32 dots, "ieee" or "tf32".
     """
     entry = _overrides.get(kernel)
+    return _tile(kernel, entry, dtype, channels, positions, hidden, channels_last, precision)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile(
+    kernel: str,
+    entry: Tile | None,
+    dtype: torch.dtype,
+    channels: int,
+    positions: int,
+    hidden: int,
+    channels_last: bool,
+    precision: str,
+) -> Tile:
     if entry is None:
         entry = _TABLES[kernel](dtype.itemsize, hidden, channels_last, precision)
     return dataclasses.replace(
@@ -163,6 +178,18 @@ def spatial_tile(
 ) -> Tile:
     """Of every kernel of the spatial branch: block_p positions, and all of the hidden channels."""
     entry = _overrides.get("spatial_branch")
+    return _spatial_tile(entry, dtype, positions, hidden, channels_last, precision)
+
+
+@functools.lru_cache(maxsize=4096)
+def _spatial_tile(
+    entry: Tile | None,
+    dtype: torch.dtype,
+    positions: int,
+    hidden: int,
+    channels_last: bool,
+    precision: str,
+) -> Tile:
     if entry is None:
         entry = _spatial_branch(dtype.itemsize, hidden, channels_last, precision)
     block_p = min(entry.block_p, max(next_power_of_2(positions), _LEAST))

@@ -22,6 +22,7 @@ from bam_kernels.backends.triton.device_math import (
 from bam_kernels.backends.triton.launch import (
     accumulator,
     accumulator_dtype,
+    cdiv,
     device_guard,
     units,
     walk,
@@ -99,7 +100,7 @@ def gate_forward(
     out = torch.empty_like(x)
     w = walk(x, out)
     t = configs.tile("gate", x.dtype, w.c, w.p, 0, w.channels_last)
-    position_tiles, channel_tiles = triton.cdiv(w.p, t.block_p), triton.cdiv(w.c, t.block_c)
+    position_tiles, channel_tiles = cdiv(w.p, t.block_p), cdiv(w.c, t.block_c)
     with device_guard(x):
         _gate_forward_kernel[(w.n * position_tiles * channel_tiles,)](
             x,
@@ -214,9 +215,9 @@ def gate_backward_reduce(
     dout = layout.like(dout, x)
     w = walk(x, dout)
     t = configs.tile("gate_backward_reduce", x.dtype, w.c, w.p, 0, w.channels_last)
-    position_tiles, blocks = triton.cdiv(w.p, t.block_p), triton.cdiv(w.c, t.block_c)
-    blocks_per_split = triton.cdiv(blocks, configs.split_channels(blocks, w.n * position_tiles))
-    splits = triton.cdiv(blocks, blocks_per_split)
+    position_tiles, blocks = cdiv(w.p, t.block_p), cdiv(w.c, t.block_c)
+    blocks_per_split = cdiv(blocks, configs.split_channels(blocks, w.n * position_tiles))
+    splits = cdiv(blocks, blocks_per_split)
     partial = {"device": x.device, "dtype": accumulator_dtype(x.dtype)}
     dchannel = dspatial = x.new_empty(0)
     if channel is not None:

@@ -30,6 +30,7 @@ from bam_kernels.backends.triton.gate import gate_forward
 from bam_kernels.backends.triton.launch import (
     accumulator,
     accumulator_dtype,
+    cdiv,
     conv_precision,
     device_guard,
     registers,
@@ -270,7 +271,7 @@ def _mlp_gate_kernel(
 # --- the module's parameters --------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Layer:
     """A linear layer or a convolution, and the norm behind or in front of it, if any."""
 
@@ -279,7 +280,7 @@ class Layer:
     norm: Norm | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Module:
     """What the operator `bam` is given, by branch; see csrc/operators.h.
 
@@ -312,7 +313,9 @@ class Module:
             reduce = _layer(tensors, numbers, False)
             for _ in range(convs):
                 before = _norm(tensors, numbers) if spatial_hidden_norm else None
-                found.append(dataclasses.replace(_layer(tensors, numbers, False), norm=before))
+                conv = _layer(tensors, numbers, False)
+                conv.norm = before
+                found.append(conv)
             last = _norm(tensors, numbers) if spatial_hidden_norm else None
             project = _layer(tensors, numbers, bool(spatial_norm))
         return cls(
@@ -416,7 +419,7 @@ def _channel_logits(pooled: Tensor, layers: tuple[Layer, ...]) -> Tensor:
     )[0]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class _Mlp:
     """The channel MLP as a part of another launch: its arguments, programs and result.
 
@@ -437,13 +440,13 @@ def _mlp(x: Tensor, module: Module, parts: Parts) -> _Mlp:
     block_n, block_c, block_h, _ = configs.channel_mlp_blocks(n, hidden, False, logits.itemsize)
     if block_h > 64:
         block_c = 16
-    blocks = triton.cdiv(c, block_c)
+    blocks = cdiv(c, block_c)
     arguments = {
         "pooled": parts.pooled,
         "mlp_logits": logits,
         "channels": c,
         "mlp_hidden": hidden,
-        "mlp_programs": triton.cdiv(n, block_n) * blocks,
+        "mlp_programs": cdiv(n, block_n) * blocks,
         "mlp_channel_blocks": blocks,
         "pooled_tiles": parts.tiles if parts.tiles > 1 else None,
         "MLP": True,
@@ -549,10 +552,10 @@ def _channel_only(x: Tensor, module: Module, parts: Parts) -> Tensor:
         logits = _channel_logits(parts.pooled, module.channel)
         return gate_forward(x, logits, None, "sum", module.residual)
     t, splits = found
-    blocks = triton.cdiv(c, t.block_c)
+    blocks = cdiv(c, t.block_c)
     out = torch.empty_like(x)
     w = walk(x, out)
-    tiles = triton.cdiv(w.p, t.block_p)
+    tiles = cdiv(w.p, t.block_p)
     with device_guard(x):
         _mlp_gate_kernel[(w.n * splits * blocks,)](
             x,
@@ -566,7 +569,7 @@ def _channel_only(x: Tensor, module: Module, parts: Parts) -> Tensor:
             hidden=hidden,
             channel_blocks=blocks,
             splits=splits,
-            tiles_per_split=triton.cdiv(tiles, splits),
+            tiles_per_split=cdiv(tiles, splits),
             pooled_tiles=parts.tiles if parts.tiles > 1 else None,
             ALIGN=w.align,
             CHANNELS_LAST=w.channels_last,

@@ -19,6 +19,7 @@ from bam_kernels.backends.triton.device_math import attention_map, dot, map_offs
 from bam_kernels.backends.triton.launch import (
     accumulator,
     accumulator_dtype,
+    cdiv,
     conv_precision,
     device_guard,
     units,
@@ -191,13 +192,13 @@ def input_gradient(
     precision = conv_precision(x.dtype)
     t = configs.tile("input_gradient", x.dtype, w.c, w.p, hidden, w.channels_last, precision)
     block_h = configs.block_hidden("input_gradient", x.dtype, hidden)
-    hidden_blocks = max(1, triton.cdiv(hidden, block_h))
-    position_tiles, channel_blocks = triton.cdiv(w.p, t.block_p), triton.cdiv(w.c, t.block_c)
+    hidden_blocks = max(1, cdiv(hidden, block_h))
+    position_tiles, channel_blocks = cdiv(w.p, t.block_p), cdiv(w.c, t.block_c)
     tiles = w.n * position_tiles
-    tiles_per_split = triton.cdiv(
+    tiles_per_split = cdiv(
         tiles, configs.split_tiles(tiles, channel_blocks) if need_dweight else tiles
     )
-    splits = triton.cdiv(tiles, tiles_per_split)
+    splits = cdiv(tiles, tiles_per_split)
 
     dweight = dbias = x.new_empty(0)
     partial = {"device": x.device, "dtype": accumulator_dtype(x.dtype)}

@@ -35,6 +35,11 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return _ACCUMULATOR_DTYPES.get(dtype, torch.float32)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. On the host Triton's own takes microseconds."""
+    return -(-a // b)
+
+
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     """A floating dtype as Triton's type."""
     return _TYPES[dtype]
@@ -63,10 +68,26 @@ class Walk:
 
 def walk(x: Tensor, *others: Tensor) -> Walk:
     """The walk over x and over the maps that go with it, all in one layout (`layout.like`)."""
-    n, c, h, w = x.shape
-    channels_last = layout.is_channels_last(x)
+    return _walk(x.shape, x.stride(), *(t.stride() for t in others))
+
+
+class _Strided:
+    """Shape and strides, without the tensor, for `layout`."""
+
+    def __init__(self, shape: torch.Size, strides: tuple[int, ...]) -> None:
+        self.shape, self._strides = shape, strides
+
+    def stride(self, axis: int | None = None) -> int | tuple[int, ...]:
+        return self._strides if axis is None else self._strides[axis]
+
+
+@functools.lru_cache(maxsize=4096)
+def _walk(shape: torch.Size, *strides: tuple[int, ...]) -> Walk:
+    maps = [_Strided(shape, each) for each in strides]
+    n, c, h, w = shape
+    channels_last = layout.is_channels_last(maps[0])
     lengths = [16, c if channels_last else h * w]
-    for t in (x, *others):
+    for t in maps:
         st = layout.strides(t, channels_last)
         lengths += [st.n, st.outer]
     return Walk(n, c, h * w, channels_last, math.gcd(*lengths))
@@ -74,8 +95,15 @@ def walk(x: Tensor, *others: Tensor) -> Walk:
 
 def units(t: Tensor, w: Walk) -> tuple[int, int]:
     """t's (sample, outer) strides in units of the walk's alignment."""
-    st = layout.strides(t, w.channels_last)
-    return st.n // w.align, st.outer // w.align
+    return _units(t.shape, t.stride(), w.channels_last, w.align)
+
+
+@functools.lru_cache(maxsize=4096)
+def _units(
+    shape: torch.Size, strides: tuple[int, ...], channels_last: bool, align: int
+) -> tuple[int, int]:
+    st = layout.strides(_Strided(shape, strides), channels_last)
+    return st.n // align, st.outer // align
 
 
 def conv_precision(dtype: torch.dtype) -> str:

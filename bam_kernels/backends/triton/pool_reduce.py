@@ -15,6 +15,7 @@ from bam_kernels.backends.triton.device_math import dot, map_offsets, narrow
 from bam_kernels.backends.triton.launch import (
     accumulator,
     accumulator_dtype,
+    cdiv,
     conv_precision,
     device_guard,
     units,
@@ -100,7 +101,7 @@ def _pool_reduce_kernel(
         tl.store(reduced + offsets, narrow(acc, reduced.dtype.element_ty), mask=mask)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Parts:
     """What one launch leaves of both heads: whole, or in parts that are still to be added up.
 
@@ -128,13 +129,13 @@ def pool_reduce_parts(x: Tensor, weight: Tensor | None, bias: Tensor | None, poo
     precision = conv_precision(x.dtype)
     t = configs.tile("pool_reduce", x.dtype, w.c, w.p, hidden, w.channels_last, precision)
     block_h = configs.block_hidden("pool_reduce", x.dtype, hidden)
-    hidden_blocks = max(1, triton.cdiv(hidden, block_h))
-    position_tiles, blocks = triton.cdiv(w.p, t.block_p), triton.cdiv(w.c, t.block_c)
-    blocks_per_split = triton.cdiv(
+    hidden_blocks = max(1, cdiv(hidden, block_h))
+    position_tiles, blocks = cdiv(w.p, t.block_p), cdiv(w.c, t.block_c)
+    blocks_per_split = cdiv(
         blocks,
         configs.split_channels(blocks, w.n * position_tiles * hidden_blocks, w.c, hidden),
     )
-    splits = triton.cdiv(blocks, blocks_per_split)
+    splits = cdiv(blocks, blocks_per_split)
     partial = {"device": x.device, "dtype": accumulator_dtype(x.dtype)}
     pooled = reduced = x.new_empty(0)
     if pool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bam_kernels.backends.reference import norm_widths, pairs_size, split_pairs
 from bam_kernels.backends.triton.device_math import map_offsets
-from bam_kernels.backends.triton.launch import accumulator, device_guard
+from bam_kernels.backends.triton.launch import accumulator, cdiv, device_guard
 from bam_kernels.backends.triton.spatial_conv import (
     RUNTIME,
     finish_logits,
@@ -232,7 +232,7 @@ def _normalize_logits(
     out = torch.empty_like(logits)
     settled = settle(partials, m, 1, centred=True)
     total = logits.numel()
-    _normalize_logits_kernel[(triton.cdiv(total, 512),)](
+    _normalize_logits_kernel[(cdiv(total, 512),)](
         logits,
         out,
         settled.data,

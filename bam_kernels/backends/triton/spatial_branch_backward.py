@@ -15,7 +15,7 @@ from torch import Tensor
 from bam_kernels.backends.reference import norm_widths, pairs_size, split_pairs
 from bam_kernels.backends.triton import configs
 from bam_kernels.backends.triton.device_math import map_offsets, narrow
-from bam_kernels.backends.triton.launch import device_guard
+from bam_kernels.backends.triton.launch import cdiv, device_guard
 from bam_kernels.backends.triton.spatial_branch import launch_project
 from bam_kernels.backends.triton.spatial_conv import (
     launch_conv,
@@ -244,8 +244,8 @@ def spatial_branch_backward(
         hidden[-1], project_weight, project_bias, final, dlogits=dlogits, final_sums=final_sums
     )
     length = m.hidden * m.hidden * 9 + m.hidden
-    tiles_per_split = triton.cdiv(m.count, configs.split_weight_gradient(m.count))
-    splits = triton.cdiv(m.count, tiles_per_split)
+    tiles_per_split = cdiv(m.count, configs.split_weight_gradient(m.count))
+    splits = cdiv(m.count, tiles_per_split)
     dconvs = None
     if need_weights and weights:
         dconvs = m.workspace(splits, len(weights) * length)

@@ -14,6 +14,7 @@ from bam_kernels.backends.triton.device_math import map_offsets
 from bam_kernels.backends.triton.launch import (
     accumulator,
     accumulator_dtype,
+    cdiv,
     conv_precision,
     registers,
 )
@@ -86,7 +87,7 @@ _MOST_PARTIALS = 128
 """Above this, partials are merged by a launch of their own: every consumer reads all of them."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Map:
     """How the branch's small maps [N, h, H, W] lie and are cut: dense, all alike."""
 
@@ -106,7 +107,7 @@ class Map:
     @property
     def tiles(self) -> int:
         """Tiles of one sample."""
-        return triton.cdiv(self.positions, self.tile.block_p)
+        return cdiv(self.positions, self.tile.block_p)
 
     @property
     def count(self) -> int:
@@ -173,7 +174,7 @@ def map_of(reduced: Tensor) -> tuple[Map, Tensor]:
     return m, reduced
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Norm:
     """A batch norm: its vectors [h], or [1] for the last; batch statistics are not known yet."""
 
@@ -240,7 +241,7 @@ def settle(data: Tensor, m: Map, width: int, centred: bool) -> Partials:
     if m.count <= _MOST_PARTIALS:
         return Partials(data, m.count, m.tiles, m.positions, block)
     merged = m.workspace(2, 1, width)
-    _merge_kernel[(triton.cdiv(width, 16),)](
+    _merge_kernel[(cdiv(width, 16),)](
         data, merged, m.n, m.positions, m.tiles, m.count, block, width,
         CENTRED=centred, ACC=accumulator(m.dtype), BLOCK_H=16, BLOCK_T=128, num_warps=8,
     )  # fmt: skip

@@ -1,0 +1,122 @@
+"""What a call of BAM costs the host, without a GPU: every launch of a kernel replaced by a no-op.
+
+    python benchmarks/host_overhead.py --json FILE
+
+Ours runs all of its Python and all of Triton's (arguments bound and specialised, the compiled kernel
+looked up), for a GPU that is not there, and launches nothing; the tensors are small and on the CPU.
+Eager is the plain module on the same tensors: the same number of calls into PyTorch as on a GPU,
+and the arithmetic of a tiny map. Neither holds what the driver takes for a launch, of which ours has
+fewer. Rounds take turns; medians of microseconds a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch  # noqa: E402
+
+import bam_kernels  # noqa: E402
+from bam_kernels import dispatch, reference  # noqa: E402
+from bam_kernels.benchmarking.cpu import machine  # noqa: E402
+
+TARGET = "sm_90"
+SHAPE = (1, 32, 4, 4)
+
+
+@contextmanager
+def no_launches(target: str = TARGET) -> Iterator[list[int]]:
+    """Triton compiles for `target`, once, and launches nothing; a list of how many it would have
+    launched. CPU tensors count as a GPU's."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from bam_kernels.testing.aot import _FakeDriver
+
+    count, run, active = [0], JITFunction.run, driver._active
+
+    def bind(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        count[0] += 1
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    why_not = dispatch.why_not
+    dispatch.why_not = lambda backend, device_type: None if backend == "triton" else why_not(
+        backend, device_type
+    )
+    driver.set_active(_FakeDriver(target))
+    JITFunction.run = bind
+    try:
+        with bam_kernels.use_backend("triton"):
+            yield count
+    finally:
+        JITFunction.run, dispatch.why_not = run, why_not
+        driver.set_active(active)
+
+
+def microseconds(call: Callable[[], object], calls: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begin) / calls * 1e6
+
+
+def measure(preset: str, rounds: int, calls: int) -> dict[str, Any]:
+    """One inference of a module, ours and eager, in turns."""
+    ours = bam_kernels.BAM(SHAPE[1], preset=preset).eval()
+    eager = reference.BAM(SHAPE[1], preset=preset).eval()
+    x = torch.randn(SHAPE)
+    with torch.inference_mode(), no_launches() as count:
+        sides = {"ours": lambda: ours(x), "eager": lambda: eager(x)}
+        for side in sides.values():
+            side()
+        before = count[0]
+        ours(x)
+        launches = count[0] - before
+        taken: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, side in sides.items():
+                microseconds(side, 20)
+                taken[name].append(microseconds(side, calls))
+    medians = {f"{name}_us": statistics.median(values) for name, values in taken.items()}
+    return {
+        "preset": preset, "site": "x".join(map(str, SHAPE)), "launches": launches, **medians,
+        "ratio": medians["ours_us"] / medians["eager_us"],
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="times taken (default: 15)")
+    parser.add_argument("--calls", type=int, default=200, help="calls a time (default: 200)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [measure(preset, args.rounds, args.calls) for preset in ("paper", "official")]
+    print(f"{'preset':10}{'launches':>9}{'ours us':>10}{'eager us':>10}{'ratio':>8}")
+    for row in rows:
+        print(
+            f"{row['preset']:10}{row['launches']:9d}{row['ours_us']:10.1f}{row['eager_us']:10.1f}"
+            f"{row['ratio']:8.2f}"
+        )
+    if args.json is not None:
+        result = {"what": __doc__.splitlines()[0], **machine.environment(1), "rows": rows}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
