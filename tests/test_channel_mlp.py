@@ -48,7 +48,7 @@ def draw(samples, channels, dtype, device):
 
 def check(channels, samples, dtype, device, train, options, draws=1):
     errors = Errors()
-    for _ in range(draws):
+    for _ in errors.draws(draws):
         branch = make_branch(channels, dtype, device, **options).train(train)
         if dtype.itemsize == 2:
             without_kinks(branch)
@@ -83,7 +83,6 @@ def check(channels, samples, dtype, device, train, options, draws=1):
                 else:
                     together = key.startswith("d")
                     errors.add(key, ours[key].to(dtype), want, eager[key], sway, together)
-    errors.check()
 
 
 def plain(pooled, branch):

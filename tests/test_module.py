@@ -103,7 +103,7 @@ def compare(make, shape, dtype, device, layout="nchw", train=True, draws=1):
         return ours, twin(ours, torch.float64)
 
     errors = Errors()
-    for _ in range(draws):
+    for _ in errors.draws(draws, peers=draws >= 5):
         ours, truth, x = module_and_input(pair, lambda: make_map(shape, dtype, device, layout))
         eager = twin(ours, dtype)
         # In eval mode along x, so that the logits' gradients are sums of one sign rather than of
@@ -132,7 +132,6 @@ def compare(make, shape, dtype, device, layout="nchw", train=True, draws=1):
             if (b.numel() == 1 or key == LONE) and train and dtype != torch.float64:
                 continue
             errors.add(key, found[key], b, peer[key], sway, key in scales and key != "dx")
-    errors.check(peers=draws >= 5)
 
 
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))

@@ -42,7 +42,7 @@ def launches(module, x) -> tuple[list[str], float]:
 def check(make, shape, dtype, device, layout="nchw", draws=2):
     """Against float64 and beside eager, by the root mean square of several draws."""
     errors = Errors()
-    for _ in range(draws):
+    for _ in errors.draws(draws, peers=min(shape[2:]) > 1):
         module = randomize(make()).to(device=device, dtype=dtype).eval()
         x = make_map(shape, dtype, device, layout)
         found = run(module, x)
@@ -52,7 +52,6 @@ def check(make, shape, dtype, device, layout="nchw", draws=2):
         with torch.no_grad():
             eager, want = twin(module, dtype)(x), twin(module, F64)(x.double())
         errors.add("out", found, want, eager, sway=None)
-    errors.check(peers=min(shape[2:]) > 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
