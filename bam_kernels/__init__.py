@@ -12,7 +12,7 @@ from bam_kernels.analysis import attention_maps
 from bam_kernels.config import BAMConfig
 from bam_kernels.dispatch import BackendUnavailableError, use_backend
 from bam_kernels.explain import Explanation, explain
-from bam_kernels.integrate import insert_bam
+from bam_kernels.integrate import insert_bam, strip
 from bam_kernels.modules import BAM, SqueezeExcite
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "functional",
     "insert_bam",
     "reference",
+    "strip",
     "use_backend",
 ]

@@ -140,11 +140,20 @@ def _installed(package: str) -> bool:
 def choose_backend(x: Tensor) -> str:
     """The backend that runs for this input: "triton", "cpp" or "reference".
 
+    What is traced for ONNX or TorchScript is plain PyTorch, whatever was asked for.
+
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run.
         ImportError: it is the C++ backend's turn, and its installed library is damaged.
         ValueError: ``BAM_KERNELS_BACKEND`` names no backend.
     """
+    # ONNX, by either exporter, and TorchScript run where this package is not: they take PyTorch's
+    # own operators. torch.compile, torch.export and AOTInductor keep ours. is_in_onnx_export()
+    # takes 3 us, so it is asked only where something traces at all.
+    if torch._C._get_tracing_state() is not None or (
+        torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    ):
+        return "reference"
     name = requested_backend()
     device_type = x.device.type
     if name != "auto":

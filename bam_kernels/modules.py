@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.fx import Proxy
 
-from bam_kernels import functional, reference
+from bam_kernels import functional, fx, reference
 
 
 class BAM(reference.BAM):
@@ -22,6 +23,8 @@ class BAM(reference.BAM):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return fx.leaf(self, x, super().forward)
         return functional.bam(
             x,
             self.channel,
@@ -39,4 +42,6 @@ class SqueezeExcite(reference.SqueezeExcite):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return fx.leaf(self, x, super().forward)
         return functional.bam(x, self.channel, None, residual=False, observer=self.observer)

@@ -2,10 +2,10 @@
 
     python benchmarks/host_overhead.py --json FILE
 
-Ours runs all of its Python and all of Triton's (arguments bound and specialised, the compiled kernel
-looked up), for a GPU that is not there, and launches nothing; the tensors are small and on the CPU.
-Eager is the plain module on the same tensors: the same number of calls into PyTorch as on a GPU,
-and the arithmetic of a tiny map. Neither holds what the driver takes for a launch, of which ours has
+Ours runs all of its Python and all of Triton's (arguments bound and specialised, the compiled
+kernel looked up), for a GPU that is not there, and launches nothing; the tensors are small and on
+the CPU. Eager is the plain module on the same tensors: as many calls into PyTorch as on a GPU, and
+the arithmetic of a tiny map. Neither holds what the driver takes for a launch, of which ours has
 fewer. Rounds take turns; medians of microseconds a call.
 """
 
@@ -52,8 +52,8 @@ def no_launches(target: str = TARGET) -> Iterator[list[int]]:
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
     why_not = dispatch.why_not
-    dispatch.why_not = lambda backend, device_type: None if backend == "triton" else why_not(
-        backend, device_type
+    dispatch.why_not = lambda backend, device_type: (
+        None if backend == "triton" else why_not(backend, device_type)
     )
     driver.set_active(_FakeDriver(target))
     JITFunction.run = bind
