@@ -17,11 +17,16 @@ import gpu_table
 import torch
 from gpu_kernels import run_kernels
 from gpu_parity import run_parity
-from gpu_workers import Task, Workers
+from gpu_workers import Task, Workers, task_name
 
 from bam_kernels.benchmarking.gpu.bandwidth import run_bandwidth
 from bam_kernels.benchmarking.gpu.environment import ROOT, clocks, device_name, environment, slug
-from bam_kernels.benchmarking.gpu.peers import CaseTable, Settings, fair_autotuning
+from bam_kernels.benchmarking.gpu.peers import (
+    CaseTable,
+    Settings,
+    fair_autotuning,
+    fill_compile_cache,
+)
 from bam_kernels.benchmarking.gpu.report import Budget, OutOfTime, Report
 from bam_kernels.benchmarking.sites import QUICK, SMOKE, Selection
 from bam_kernels.benchmarking.timing import describe
@@ -171,7 +176,7 @@ class Run:
             yield
             return
         tasks: list[Task] = [
-            ("gpu_peers:fill_compile_cache", (case, str(self.device)))
+            (task_name(fill_compile_cache), (case, str(self.device)))
             for case in self.selection.cases()
         ]
         workers = Workers(tasks, self.args.workers)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from gpu_kernels import REDUCTION, Operands, device_run, launch, operands, rates, runner
-from gpu_workers import Task, Workers
+from gpu_workers import Task, Workers, task_name
 
 from bam_kernels.backends.triton import configs
 from bam_kernels.backends.triton.configs import Tile
@@ -137,7 +137,7 @@ def run_sweep(
     if not section.allows(0.5 if settings.dry else 30.0, f"all {len(pairs)} candidates"):
         return
     tasks: list[Task] = [
-        ("gpu_sweep:compile_candidate", (cell, tile, str(settings.device))) for cell, tile in pairs
+        (task_name(compile_candidate), (cell, tile, str(settings.device))) for cell, tile in pairs
     ]
     pool = Workers(tasks, workers)
     try:

@@ -11,11 +11,16 @@ import multiprocessing
 import os
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Task = tuple[str, tuple[Any, ...]]
 """("module:function", arguments): called for its effect on the caches."""
+
+
+def task_name(function: Callable[..., object]) -> str:
+    """How a task names a module's function, which a process imports anew."""
+    return f"{function.__module__}:{function.__qualname__}"
 
 
 def run_task(task: Task) -> str | None:

@@ -277,6 +277,21 @@ def test_parity_cut_short_still_tells_what_it_saw(tmp_path, monkeypatch):
 # --- workers ----------------------------------------------------------------------------------
 
 
+def test_tasks_name_what_their_processes_can_import():
+    """Those of a whole run, by the names under which a fresh process finds them."""
+    import gpu_sweep
+
+    for function in (gpu_peers.fill_compile_cache, gpu_sweep.compile_candidate):
+        module, name = gpu_workers.task_name(function).split(":")
+        code = f"import importlib; print(importlib.import_module({module!r}).{name}.__name__)"
+        path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == function.__name__, done.stderr[-500:]
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_workers_run_tasks_and_report_what_failed(count):
     tasks = [("math:sqrt", (4.0,)), ("math:sqrt", (-1.0,)), ("math:nothing", ())]
