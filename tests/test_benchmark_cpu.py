@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("rich", reason="the benchmark draws its tables with rich")
 
+from bam_kernels import cli
 from bam_kernels.benchmarking.cpu import machine as cpu_machine
 from bam_kernels.benchmarking.cpu import memory as cpu_memory
 from bam_kernels.benchmarking.cpu import peers as cpu_peers
@@ -29,7 +30,7 @@ def call(*arguments: object) -> subprocess.CompletedProcess[str]:
         os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"} | {"PYTHONPATH": str(ROOT)}
     )
     return subprocess.run(
-        [sys.executable, "-m", "bam_kernels.benchmarking.cpu.run", *map(str, arguments)],
+        [sys.executable, "-m", "bam_kernels", "bench", *map(str, arguments)],
         capture_output=True, text=True, timeout=300, env=environment,
     )  # fmt: skip
 
@@ -237,7 +238,7 @@ def test_a_failed_process_is_an_error_in_the_result():
 
 def check_result(path: Path, backend: str) -> None:
     found = json.loads(path.read_text())
-    assert found["settings"]["backend"] == backend and found["settings"]["quick"]
+    assert found["settings"]["backend"] == backend and found["not_a_measurement"]
     assert len(found["commit"]) >= 7 and found["machine"]["cores"] >= 1
     assert found["limits"]["matmul_gflops"]["float32"] > 0
     assert [row["mode"] for row in found["rows"]] == ["inference", "training"]
@@ -256,16 +257,30 @@ def check_result(path: Path, backend: str) -> None:
 
 
 def test_a_quick_run(tmp_path):
-    path = tmp_path / "cpu.json"
-    done = call("--quick", "--backend", "reference", "--threads", 1, "--json", path)
+    path, picture = tmp_path / "cpu.json", tmp_path / "cpu.png"
+    done = call(
+        "--smoke", "--backend", "reference", "--threads", 1, "--json", path, "--plot", picture
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2x32x8x8" in done.stdout and "ratio nchw" in done.stdout
     check_result(path, "reference")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["cpu.json", "cpu.png"]
+    assert_shows_something(picture)
+
+
+def assert_shows_something(picture: Path) -> None:
+    """Content in both columns, above and below: bars, and points under a roof."""
+    image = pytest.importorskip("PIL.Image").open(picture).convert("L")
+    width, height = image.size
+    assert width > 1000 and height > 500
+    for box in ((0, 0, width // 2, height // 2), (0, height // 2, width // 2, height)):
+        part = image.crop(box)
+        assert part.getextrema()[0] < 60 and len(part.getcolors(256) or range(257)) > 20
 
 
 def test_check_judges_what_was_measured():
     done = call(
-        "--quick", "--backend", "reference", "--threads", 1, "--mode", "inference",
+        "--smoke", "--backend", "reference", "--threads", 1, "--mode", "inference",
         "--no-memory", "--check",
     )  # fmt: skip
     assert "  a call's overhead at most 0.5 of eager's" in done.stdout, done.stderr
@@ -273,16 +288,21 @@ def test_check_judges_what_was_measured():
     assert done.returncode == ("MISS  " in done.stdout)
 
 
+def status(arguments: list[str]) -> int:
+    """The exit status, whether the command returns it or argparse leaves with it."""
+    try:
+        return cli.main(arguments)
+    except SystemExit as left:
+        return left.code
+
+
 @pytest.mark.parametrize("passes", ((True, True), (True, False)))
 def test_check_sets_the_exit_status(passes, monkeypatch, capsys):
     bars = [{"bar": "a bar", "where": "here", "found": 1.0, "pass": each} for each in passes]
     limits = {"matmul_gflops": {}, "copy_gigabytes_per_second": {}}
     monkeypatch.setattr(cpu, "run", lambda *_: {"rows": [], "limits": limits, "bars": bars})
-    assert cpu.main(["--check"]) == (not all(passes))
+    assert cli.main(["bench", "--check"]) == (not all(passes))
     assert f"{sum(passes)} of 2 bars passed" in capsys.readouterr().out
-
-
-OTHER_RESULTS = ROOT / "benchmarks" / "results" / "traffic.json"
 
 
 @pytest.mark.parametrize(
@@ -294,19 +314,19 @@ OTHER_RESULTS = ROOT / "benchmarks" / "results" / "traffic.json"
         (["--mode", "test"], "argument --mode: invalid choice"),
         (["--rounds", "0"], "argument --rounds: expected a whole number of at least 1, got '0'"),
         (["--threads", "two"], "argument --threads: expected a whole number"),
-        (["--json", "/nowhere/cpu.json"], "argument --json: no such folder: /nowhere"),
-        (["--table", "/nowhere/cpu.json"], "argument --table: expected a file of --json's"),
-        (["--table", str(ROOT / "README.md")], "argument --table: expected a file of --json's"),
-        (["--table", str(OTHER_RESULTS)], "traffic.json: no 'sides'"),
+        (["--json", "/nowhere/cpu.json"], "--json: no such folder: /nowhere"),
+        (["--json", "/"], "--json: expected a file, got the folder /"),
+        (["--plot", "/nowhere/cpu.png"], "--plot: no such folder: /nowhere"),
+        (["--peers", "tvm"], "argument --peers: invalid choice: 'tvm'"),
+        (["--quick", "--smoke"], "not allowed with argument --quick"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as left:
-        cpu.main(arguments)
+    assert status(["bench", *arguments]) == 2
     told = capsys.readouterr()
-    assert left.value.code == 2 and told.out == ""
-    assert told.err.startswith("cpu.py: error: ") and message in told.err
+    assert told.out == ""
+    assert told.err.startswith("bam_kernels bench: error: ") and message in told.err
     assert told.err.count("\n") == 1
 
 
@@ -314,10 +334,8 @@ def test_a_backend_that_cannot_run_is_one_line(monkeypatch, capsys):
     from bam_kernels.backends import cpp_library
 
     monkeypatch.setattr(cpp_library, "why_not", lambda: "there is no\ncompiler")
-    with pytest.raises(SystemExit) as left:
-        cpu.main(["--quick", "--no-memory", "--threads", "1"])
+    assert status(["bench", "--smoke", "--no-memory", "--threads", "1"]) == 2
     told = capsys.readouterr()
-    assert left.value.code == 2
     assert told.err.splitlines()[-1].endswith("cannot run: there is no compiler")
 
 

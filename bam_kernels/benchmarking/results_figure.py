@@ -33,11 +33,11 @@ def draw(results: Results, folder: Path) -> list[Path]:
     Raises:
         ImportError: there is no matplotlib.
     """
-    panels = {"cpu": _cpu, "gpu": _gpu, "traffic": _traffic}[results.kind](results.data)
+    panels = {"cpu": cpu_panels, "gpu": _gpu, "traffic": _traffic}[results.kind](results.data)
     written = []
     for preset, found in panels.items():
         path = folder / f"{results.path.stem}-{preset}.png"
-        _save(_figure(results, preset, found), path)
+        save(_figure(results, preset, found), path)
         written.append(path)
     return written
 
@@ -45,7 +45,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 # --- what is drawn: by preset and panel, the groups of bars ------------------------------------
 
 
-def _cpu(data: Mapping[str, Any]) -> dict[str, dict[str, Groups]]:
+def cpu_panels(data: Mapping[str, Any]) -> dict[str, dict[str, Groups]]:
     """Each side in the faster of its memory formats."""
     found: dict[str, dict[str, Any]] = {}
     for row in data["rows"]:
@@ -109,21 +109,14 @@ def _figure(results: Results, preset: str, panels: Mapping[str, Groups]) -> Figu
     from matplotlib.figure import Figure
 
     speed = results.kind != "traffic"
-    found = dict.fromkeys(n for groups in panels.values() for bars in groups.values() for n in bars)
-    order = [*_NAMES, *(name for name in found if name not in _NAMES)]
-    names = [name for name in order if name in found]
-    colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(order)}
+    names, colors = _named(panels)
     columns = 2
     rows = -(-len(panels) // columns)
     height = 1.5 + 2.9 * rows
     figure = Figure(figsize=(12, height), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0, 0.995, 1 - 1.0 / height), hspace=0.08, wspace=0.04)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=not speed).flatten()
-    for ax, (title, groups) in zip(axes, panels.items(), strict=False):
-        _bars(ax, groups, names, colors, speed)
-        ax.set_title(title, loc="left", fontsize=11)
-        if ax in axes[::columns]:
-            ax.set_ylabel("speed-up" if speed else "passes over x-sized memory")
+    _fill(axes, panels, names, colors, speed)
     for ax in axes[len(panels) :]:
         ax.remove()
     what = (
@@ -140,6 +133,35 @@ def _figure(results: Results, preset: str, panels: Mapping[str, Groups]) -> Figu
     figure.legend(handles, labels, loc="upper left", ncols=len(names), frameon=False, fontsize=10,
                   bbox_to_anchor=(0.003, (top - 0.52) / height))  # fmt: skip
     return figure
+
+
+def draw_panels(axes: Sequence[Axes], panels: Mapping[str, Groups]) -> None:
+    """Speed-ups into axes of a larger picture, the legend into the first of them."""
+    names, colors = _named(panels)
+    _fill(axes, panels, names, colors, speed=True)
+    axes[0].legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
+
+
+def _named(panels: Mapping[str, Groups]) -> tuple[list[str], dict[str, str]]:
+    """The bars' names in order, and a colour for each."""
+    found = dict.fromkeys(n for groups in panels.values() for bars in groups.values() for n in bars)
+    order = [*_NAMES, *(name for name in found if name not in _NAMES)]
+    colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(order)}
+    return [name for name in order if name in found], colors
+
+
+def _fill(
+    axes: Sequence[Axes],
+    panels: Mapping[str, Groups],
+    names: Sequence[str],
+    colors: Mapping[str, str],
+    speed: bool,
+) -> None:
+    for ax, (title, groups) in zip(axes, panels.items(), strict=False):
+        _bars(ax, groups, names, colors, speed)
+        ax.set_title(title, loc="left", fontsize=11)
+        if ax in axes[::2]:
+            ax.set_ylabel("speed-up" if speed else "passes over x-sized memory")
 
 
 def _legend(axes: Sequence[Axes], names: Sequence[str]) -> tuple[list[Any], list[str]]:
@@ -183,7 +205,8 @@ def _label(value: float) -> str:
     return f"{value:.2f}" if value < 1.095 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """As PNG, whole or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         figure.savefig(part, format="png", dpi=130)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import NoReturn
 
 from bam_kernels._version import __version__
-from bam_kernels.cli import demo, doctor, results
+from bam_kernels.cli import bench, demo, doctor, results
 from bam_kernels.cli.output import FAILED, USAGE_ERROR
 
 __all__ = ["FAILED", "USAGE_ERROR", "main"]
 
-COMMANDS = (demo, doctor, results)
+COMMANDS = (demo, bench, doctor, results)
 """Modules with ``add_parser(commands)``, which sets ``run(args) -> exit status``."""
 
 
@@ -32,8 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Bad arguments are one line, without the usage: --help has that."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog.removeprefix('python -m ')}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m bam_kernels",
         description="Fused kernels for the Bottleneck Attention Module (BAM).",
     )

@@ -1,33 +1,28 @@
-"""Time BAM on a CPU: ours against every peer that runs here, side by side in one process.
-
-    python bam_kernels.benchmarking.cpu.run --threads 2 --dtype float32 bfloat16 --json FILE --check
+"""BAM on a CPU: ours against every peer that runs here, side by side in one process.
 
 Peers are the plain PyTorch module, eager and under torch.compile, in NCHW and channels_last, ONNX
 Runtime, and OpenVINO in both layouts. All hold the same weights and are compared with float64
 before they are timed. A round times each once, in an order that turns by one a round; every time
-is that of enough calls to last --least-ms, behind an untimed call, and what is reported is the
+is that of enough calls to last `least_ms`, behind an untimed call, and what is reported is the
 median over the rounds. Inference is under torch.inference_mode(); a training step clears the
 gradients, runs forward and out.backward(dout), with batch statistics, x requiring a gradient.
 
 Ratios are the best peer's median, over all peers and layouts, divided by ours in NCHW and in
 channels_last. Rates reached count only what the fused module needs: FLOPs of the 1x1 reduction,
-the dilated convolutions, the projection, the pooling and the gate (`report.flops`), and 3
-passes over x-sized memory in inference, 8 in training. They stand beside the machine's own: its
-best matrix product, and its best copy of a map of the site's size and of a much larger one.
+the dilated convolutions, the projection, the pooling and the gate (`report.flops`), and 3 passes
+over x-sized memory in inference, 8 in training. They stand beside the machine's own: its best
+matrix product, and its best copy of a map of the site's size and of a much larger one.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import gc
-import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -46,87 +41,69 @@ OVERHEAD = (1, 32, 4, 4)
 ONE_SAMPLE = "no training on one sample: the channel branch's norms need a batch"
 PAUSE_S = 0.005  # in which the threads of the side before go to sleep
 WARMUPS = 3
-WIDTH = 210  # of the tables where no terminal sets it
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a run times.
+
+    Attributes:
+        sites: shapes of x, (N, C, H, W).
+        dtypes: "float32" or "bfloat16", of x and of the parameters.
+        modes: "inference" and "training".
+        presets: of `bam_kernels.config.PRESETS`.
+        peers: of `peers.PEERS`, beside ours.
+        threads: of every side.
+        rounds: times taken of each side.
+        least_ms: a time's least duration, in ms.
+        backend: what ours runs on; "reference" tries the benchmark itself.
+        quick: no copy of a large map, and one process for each peak of memory.
+        memory: whether peak memory is measured, in processes of their own.
+        smoke: a toy, which the result says of itself.
+    """
+
+    modes: tuple[str, ...] = (sites.INFERENCE, sites.TRAINING)
+    sites: tuple[tuple[int, int, int, int], ...] = SITES
+    dtypes: tuple[str, ...] = ("float32",)
+    presets: tuple[str, ...] = tuple(bam_kernels.config.PRESETS)
+    peers: tuple[str, ...] = peers.PEERS
+    threads: int = 2
+    rounds: int = 8
+    least_ms: int = 20
+    backend: str = "cpp"
+    quick: bool = False
+    memory: bool = True
+    smoke: bool = False
 
 
-def _site(text: str) -> tuple[int, int, int, int]:
-    try:
-        size = tuple(int(part) for part in text.split("x"))
-    except ValueError:
-        size = ()
-    if len(size) != 4 or min(size) < 1 or size[1] < 16:
-        raise argparse.ArgumentTypeError(
-            f"expected NxCxHxW with C of at least 16, such as 8x256x56x56, got {text!r}"
-        )
-    return size
+SMOKE = Options(
+    sites=TINY,
+    presets=("paper",),
+    peers=(peers.EAGER,),
+    rounds=3,
+    least_ms=2,
+    quick=True,
+    smoke=True,
+)
+"""A toy, which shows that everything runs and whose times mean nothing."""
 
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = _Parser(
-        prog="cpu.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit status: 0 done, 1 a bar missed under --check, 2 a bad argument or no backend",
-    )
-    add = made.add_argument
-    add("--sites", nargs="+", type=_site, metavar="NxCxHxW", help="shapes of x (default: --list)")
-    add("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"],
-        help="of x and the parameters (default: float32)")  # fmt: skip
-    add("--mode", choices=(sites.INFERENCE, sites.TRAINING, "both"), default="both",
-        help="what to time (default: both)")  # fmt: skip
-    add("--presets", nargs="+", choices=tuple(bam_kernels.config.PRESETS),
-        help="of the module (default: all; paper with --quick)")  # fmt: skip
-    add("--peers", nargs="+", choices=peers.PEERS,
-        help="whom to time beside ours (default: all; eager with --quick)")  # fmt: skip
-    add("--threads", type=_positive, default=2, help="threads of every side (default: 2)")
-    add("--rounds", type=_positive, help="times taken of each side (default: 8; 3 with --quick)")
-    add("--least-ms", type=_positive, help="a time's least duration (default: 20; 2 with --quick)")
-    add("--backend", choices=("cpp", "reference"), default="cpp",
-        help="what ours runs on; reference tries the benchmark itself (default: cpp)")  # fmt: skip
-    add("--quick", action="store_true", help="a tiny site, few rounds: does everything run?")
-    add("--no-memory", action="store_true", help="leave out peak memory, measured in processes")
-    add("--json", type=Path, metavar="FILE", help="write every figure there")
-    add("--check", action="store_true", help="judge the bars; exit status 1 if one is missed")
-    add("--table", type=Path, metavar="FILE",
-        help="run nothing: print what --json wrote as a Markdown table, the README's")  # fmt: skip
-    add("--list", action="store_true", help="say what would run, and which peers are there")
-    return made
-
-
-def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """The defaults that depend on --quick."""
-    quick = args.quick
-    args.sites = args.sites or list(TINY if quick else SITES)
-    args.presets = args.presets or (["paper"] if quick else list(bam_kernels.config.PRESETS))
-    args.peers = tuple(args.peers or ([peers.EAGER] if quick else peers.PEERS))
-    args.rounds = args.rounds or (3 if quick else 8)
-    args.least_ms = args.least_ms or (2 if quick else 20)
-    return args
+QUICK = Options(
+    sites=((8, 256, 56, 56), (8, 1024, 14, 14)), presets=("paper",), modes=(sites.INFERENCE,),
+    peers=(peers.EAGER, peers.COMPILE), rounds=5, least_ms=10, quick=True, memory=False,
+)  # fmt: skip
+"""Real sites in less than a minute."""
 
 
 def problems(
-    args: argparse.Namespace,
+    options: Options,
 ) -> tuple[list[peers.Problem], list[peers.Problem]]:
     """What is timed, in order; and what cannot be: batch statistics take more than one sample."""
-    modes = (sites.INFERENCE, sites.TRAINING) if args.mode == "both" else (args.mode,)
     wanted = [
         peers.Problem(size, dtype, mode, preset)
-        for mode in modes
-        for preset in args.presets
-        for dtype in args.dtype
-        for size in args.sites
+        for mode in options.modes
+        for preset in options.presets
+        for dtype in options.dtypes
+        for size in options.sites
     ]
     left = [each for each in wanted if each.mode == sites.TRAINING and each.size[0] == 1]
     return [each for each in wanted if each not in left], left
@@ -184,24 +161,24 @@ def summary(values: Sequence[float]) -> dict[str, float | int]:
 
 
 def time_problem(
-    problem: peers.Problem, args: argparse.Namespace, limits: dict[str, Any]
+    problem: peers.Problem, options: Options, limits: dict[str, Any]
 ) -> dict[str, Any]:
     """One row: every side built, checked and timed."""
-    setting = peers.Setting.make(problem, args.threads)
-    sides, errors, reasons = peers.sides(setting, args.peers)
-    times, failed = interleave(sides, args.rounds, args.least_ms)
+    setting = peers.Setting.make(problem, options.threads)
+    sides, errors, reasons = peers.sides(setting, options.peers)
+    times, failed = interleave(sides, options.rounds, options.least_ms)
     torch.compiler.reset()
     gc.collect()
     return report.row(problem, times, errors, reasons | failed, limits)
 
 
-def overhead(args: argparse.Namespace) -> dict[str, Any]:
+def overhead(options: Options) -> dict[str, Any]:
     """A call on a map so small that its time is that of everything but arithmetic."""
     problem = peers.Problem(OVERHEAD, "float32", sites.INFERENCE, "paper")
-    setting = peers.Setting.make(problem, args.threads)
+    setting = peers.Setting.make(problem, options.threads)
     sides, _, reasons = peers.sides(setting, (peers.EAGER,))
     nchw = [side for side in sides if side.layout == sites.NCHW]
-    times, failed = interleave(nchw, args.rounds, args.least_ms)
+    times, failed = interleave(nchw, options.rounds, options.least_ms)
     found: dict[str, Any] = {"site": "x".join(map(str, OVERHEAD)), "sides": times}
     ours, eager = (times.get(f"{name} {sites.NCHW}") for name in (peers.OURS, peers.EAGER))
     if ours is None or eager is None:
@@ -210,15 +187,15 @@ def overhead(args: argparse.Namespace) -> dict[str, Any]:
     return {**found, "ratio": ours["median_ms"] / eager["median_ms"]}
 
 
-def limits(args: argparse.Namespace) -> dict[str, Any]:
+def limits(options: Options) -> dict[str, Any]:
     """The machine's best matrix product by dtype, and its best copies by size of the map."""
-    rounds = args.rounds
-    dtypes = dict.fromkeys(["float32", *args.dtype])
+    rounds = options.rounds
+    dtypes = dict.fromkeys(["float32", *options.dtypes])
     copies = {}
-    for size in args.sites:
+    for size in options.sites:
         nbytes = 4 * math.prod(size)
         copies["x".join(map(str, size))] = machine.copy_gigabytes(nbytes, rounds)
-    if not args.quick:
+    if not options.quick:
         copies["large"] = machine.copy_gigabytes(machine.LARGE_BYTES, min(rounds, 3))
     return {
         "matmul_gflops": {
@@ -229,12 +206,12 @@ def limits(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def memory_requests(args: argparse.Namespace) -> list[dict[str, Any]]:
+def memory_requests(options: Options) -> list[dict[str, Any]]:
     """What is asked of a process each: ours in both layouts, eager beside it in NCHW."""
     found = []
-    for dtype in args.dtype:
-        for size in args.sites:
-            problem = peers.Problem(size, dtype, sites.INFERENCE, args.presets[0])
+    for dtype in options.dtypes:
+        for size in options.sites:
+            problem = peers.Problem(size, dtype, sites.INFERENCE, options.presets[0])
             for side, layout in (
                 *((peers.OURS, layout) for layout in peers.LAYOUTS),
                 (peers.EAGER, sites.NCHW),
@@ -243,8 +220,8 @@ def memory_requests(args: argparse.Namespace) -> list[dict[str, Any]]:
                     {
                         "site": "x".join(map(str, size)), "size": size, "dtype": dtype,
                         "side": side, "layout": layout, "preset": problem.preset,
-                        "x_bytes": problem.x_bytes, "threads": args.threads,
-                        "backend": args.backend,
+                        "x_bytes": problem.x_bytes, "threads": options.threads,
+                        "backend": options.backend,
                     }
                 )  # fmt: skip
     return found
@@ -253,93 +230,50 @@ def memory_requests(args: argparse.Namespace) -> list[dict[str, Any]]:
 # --- the run ----------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def run(options: Options, console: Console) -> dict[str, Any]:
     """Everything, as the JSON object that --json writes.
 
     Raises:
         BackendUnavailableError, ImportError: ours does not run here.
     """
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(options.threads)
     result: dict[str, Any] = {
         "what": "times of a call in ms, medians over interleaved rounds",
-        **machine.environment(args.threads),
+        **machine.environment(options.threads),
         "settings": {
-            "backend": args.backend, "rounds": args.rounds, "least_ms": args.least_ms,
-            "peers": args.peers, "quick": args.quick,
+            "backend": options.backend, "rounds": options.rounds, "least_ms": options.least_ms,
+            "peers": options.peers, "quick": options.quick,
         },
     }  # fmt: skip
-    todo, left = problems(args)
+    if options.smoke:
+        result["not_a_measurement"] = True
+    todo, left = problems(options)
     result["not_timed"] = {str(each): ONE_SAMPLE for each in left}
-    requests = [] if args.no_memory else memory_requests(args)
+    requests = memory_requests(options) if options.memory else []
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
     )  # fmt: skip
     with (
-        bam_kernels.use_backend(args.backend),
+        bam_kernels.use_backend(options.backend),
         Progress(*columns, console=console, transient=True) as progress,
     ):
         task = progress.add_task("overhead", total=len(todo) + len(requests) + 2)
-        result["overhead"] = overhead(args)
+        result["overhead"] = overhead(options)
         progress.update(task, advance=1, description="the machine's limits")
-        result["limits"] = limits(args)
+        result["limits"] = limits(options)
         progress.advance(task)
         result["rows"] = []
         for problem in todo:
             progress.update(task, description=str(problem))
-            result["rows"].append(time_problem(problem, args, result["limits"]))
+            result["rows"].append(time_problem(problem, options, result["limits"]))
             progress.advance(task)
         result["memory"] = []
         for request in requests:
             told = f"memory {request['site']} {request['dtype']} {request['side']}"
             progress.update(task, description=told)
-            processes = 1 if args.quick or request["side"] == peers.EAGER else 3
+            processes = 1 if options.quick or request["side"] == peers.EAGER else 3
             result["memory"].append(memory.in_child(request, processes))
             progress.advance(task)
     result["machine"]["load_average_after"] = machine.os.getloadavg()
     result["bars"] = report.bars(result)
     return result
-
-
-def show_list(console: Console) -> None:
-    """The default sites, and each peer with what it lacks."""
-    console.print("sites: " + " ".join("x".join(map(str, size)) for size in SITES))
-    for peer in peers.PEERS:
-        console.print(f"{peer}: {peers.missing(peer) or 'ready'}", markup=False)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print, write; returns the exit status."""
-    command = parser()
-    args = settle(command.parse_args(arguments))
-    out = Console(width=None if sys.stdout.isatty() else WIDTH)
-    if args.list:
-        show_list(out)
-        return 0
-    if args.table is not None:
-        try:
-            table = report.markdown(json.loads(args.table.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else error
-            expected = "expected a file of --json's"
-            command.error(f"argument --table: {expected}, got {args.table}: {reason}")
-        print(table)
-        return 0
-    if args.json is not None and not args.json.resolve().parent.is_dir():
-        command.error(f"argument --json: no such folder: {args.json.resolve().parent}")
-    if args.json is not None and args.json.is_dir():
-        command.error(f"argument --json: expected a file, got the folder {args.json}")
-    try:
-        result = run(args, Console(stderr=True))
-    except peers.NO_BACKEND as error:
-        command.error(" ".join(str(error).split()))
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    report.show(result, out)
-    if args.check:
-        report.show_bars(result["bars"], out)
-        return 0 if all(each["pass"] for each in result["bars"]) else 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,98 @@
+"""A CPU benchmark as a picture: times per site, and how far the machine's limits are.
+
+Needs matplotlib, which is imported when a picture is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bam_kernels.benchmarking import results_figure
+from bam_kernels.benchmarking.results import Results, provenance
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Speed-ups of each mode and dtype, and a roofline with a point for each of our times.
+
+    Args:
+        result: what `bam_kernels.benchmarking.cpu.run.run` returns.
+        path: of the PNG, replaced whole.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    results = Results(path, "cpu", dict(result))
+    found = results_figure.cpu_panels(result)
+    panels = {
+        (f"{title}, {preset}" if len(found) > 1 else title): groups
+        for preset, each in found.items()
+        for title, groups in each.items()
+    }
+    dtypes = list(dict.fromkeys(row["dtype"] for row in result["rows"]))
+    rows = -(-len(panels) // 2) + -(-len(dtypes) // 2)
+    height = 1.3 + 3.2 * rows
+    figure = Figure(figsize=(12, height), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 0.995, 1 - 0.75 / height))
+    axes = list(figure.subplots(rows, 2, squeeze=False).flatten())
+    results_figure.draw_panels(axes, panels)
+    after = axes[2 * -(-len(panels) // 2) :]
+    for ax, dtype in zip(after, dtypes, strict=False):
+        _roofline(ax, result, dtype)
+    for ax in (*axes[len(panels) : 2 * -(-len(panels) // 2)], *after[len(dtypes) :]):
+        ax.remove()
+    top = height - 0.12
+    figure.text(0.01, top / height, "BAM on this CPU: a peer's time over ours, and the machine's "
+                "limits", va="top", fontsize=14, fontweight="bold")  # fmt: skip
+    figure.text(0.01, (top - 0.33) / height, provenance(results), va="top",
+                fontsize=9, color="#555555" if results.measured else "#B00000")  # fmt: skip
+    results_figure.save(figure, path)
+
+
+def _roofline(ax: Axes, result: Mapping[str, Any], dtype: str) -> None:
+    """GFLOP/s over FLOP per byte of x-sized memory, both what the fused module needs at least."""
+    limits = result["limits"]
+    peak = limits["matmul_gflops"][dtype]
+    copies = limits["copy_gigabytes_per_second"]
+    points = [
+        (row["flops"] / row["moved_bytes"], max(a["gflops"] for a in row["achieved"].values()), row)
+        for row in result["rows"]
+        if row["dtype"] == dtype and row["achieved"]
+    ]
+    if not points:
+        return
+    low, high = min(x for x, _, _ in points) / 2, max(x for x, _, _ in points) * 2
+    for name, style in (("large", "--"), (max(copies, key=copies.__getitem__), "-")):
+        if name not in copies:
+            continue
+        knee = peak / copies[name]
+        xs = [low, *([knee] if low < knee < high else []), high]
+        ax.plot(xs, [min(peak, x * copies[name]) for x in xs], style, color="#333333", linewidth=1,
+                label=f"copy of {'a large map' if name == 'large' else name}: "
+                f"{copies[name]:.0f} GB/s")  # fmt: skip
+    for mode, marker, color in (("inference", "o", "#0072B2"), ("training", "s", "#D55E00")):
+        some = [(x, y) for x, y, row in points if row["mode"] == mode]
+        if some:
+            ax.plot(*zip(*some, strict=True), marker, color=color, label=mode, markersize=6)
+    highest: dict[str, tuple[float, float]] = {}
+    for x, y, row in points:  # a site's points lie above one another: one name for all of them
+        name = row["site"].partition("x")[2]
+        if y > highest.get(name, (0.0, 0.0))[1]:
+            highest[name] = x, y
+    for name, at in highest.items():
+        ax.annotate(name, at, xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("FLOP per byte of x-sized memory")
+    ax.set_ylabel("GFLOP/s")
+    ax.set_title(f"roofline, {dtype}: matrix product {peak:.0f} GFLOP/s", loc="left", fontsize=11)
+    ax.grid(True, color="#DDDDDD", linewidth=0.7)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
