@@ -126,8 +126,7 @@ def test_what_was_not_measured_is_a_miss():
 
 
 def test_training_takes_more_than_one_sample():
-    args = cpu.settle(cpu.parser().parse_args(["--sites", "1x32x4x4", "2x32x4x4"]))
-    todo, left = cpu.problems(args)
+    todo, left = cpu.problems(cpu.Options(sites=((1, 32, 4, 4), (2, 32, 4, 4))))
     assert {(each.size[0], each.mode) for each in left} == {(1, "training")}
     assert len(todo) == 6 and len(left) == 2
 
@@ -207,6 +206,20 @@ def test_the_machine_is_told():
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["python"].count(".") == 2
     json.dumps(found)
+
+
+def test_no_foreign_commit_is_told(tmp_path, monkeypatch):
+    """Of a package that is installed inside of another repository."""
+    from bam_kernels.benchmarking.gpu import environment
+
+    told = environment.commit()["told_by"]
+    assert told == "git" or not (ROOT / ".git").exists()
+    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q",
+                  "--allow-empty", "-m", "theirs"]):  # fmt: skip
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    (tmp_path / "bam_kernels").mkdir()
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert environment.commit() == {"commit": "unknown", "dirty": None, "told_by": None}
 
 
 def test_limits_are_positive():
@@ -317,6 +330,7 @@ def test_check_sets_the_exit_status(passes, monkeypatch, capsys):
         (["--json", "/nowhere/cpu.json"], "--json: no such folder: /nowhere"),
         (["--json", "/"], "--json: expected a file, got the folder /"),
         (["--plot", "/nowhere/cpu.png"], "--plot: no such folder: /nowhere"),
+        (["--plot", "cpu.svg"], "--plot: expected a name that ends in .png, got cpu.svg"),
         (["--peers", "tvm"], "argument --peers: invalid choice: 'tvm'"),
         (["--quick", "--smoke"], "not allowed with argument --quick"),
         (["--fast"], "unrecognized arguments: --fast"),
@@ -326,7 +340,8 @@ def test_bad_arguments_are_one_line(arguments, message, capsys):
     assert status(["bench", *arguments]) == 2
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.startswith("bam_kernels bench: error: ") and message in told.err
+    command = "bam_kernels" if "unrecognized" in message else "bam_kernels bench"
+    assert told.err.startswith(f"{command}: error: ") and message in told.err
     assert told.err.count("\n") == 1
 
 

@@ -100,6 +100,11 @@ def _bench(args: argparse.Namespace) -> int:
             return error("bench", f"--{name}: no such folder: {path.resolve().parent}")
         if path is not None and path.is_dir():
             return error("bench", f"--{name}: expected a file, got the folder {path}")
+        if path is not None and not os.access(path.resolve().parent, os.W_OK):
+            return error("bench", f"--{name}: the folder {path.resolve().parent} is not writable")
+
+    if args.plot is not None and args.plot.suffix.lower() != ".png":
+        return error("bench", f"--plot: expected a name that ends in .png, got {args.plot}")
 
     from rich.console import Console
 

@@ -43,8 +43,12 @@ def _output(*command: str) -> str | None:
 
 
 def commit(given: str | None = None) -> dict[str, Any]:
-    """The commit that is measured: as git tells it, or as `given` where there is no repository."""
-    found = _output("git", "rev-parse", "HEAD")
+    """The commit that is measured: as git tells it of this project's own tree, else as `given`.
+
+    An installed package may lie inside of somebody else's repository.
+    """
+    own = (ROOT / "csrc").is_dir() and (ROOT / "bam_kernels").is_dir()
+    found = _output("git", "rev-parse", "HEAD") if own else None
     if found is None:
         return {"commit": given or "unknown", "dirty": None, "told_by": "option" if given else None}
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
