@@ -1,21 +1,37 @@
-"""Processes that fill the compilers' caches on disk, so that what is timed later compiles fast.
+"""Processes that run what needs no quiet device, or what may hang or crash: one task at a time each.
 
-They run on the device while nothing is timed, and are ended before anything is.
+A task that outlives its time is ended with its process; so is a process whose CUDA context an error
+has spoilt. Another takes its place, and the other tasks do not notice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import multiprocessing
 import os
-import queue
+import pickle
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Task = tuple[str, tuple[Any, ...]]
-"""("module:function", arguments): called for its effect on the caches."""
+"""("module:function", arguments). Arguments and result are pickled."""
+
+TASK_SECONDS = 120.0
+START_SECONDS = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a task: its result, or in a few words what went wrong."""
+
+    error: str | None
+    result: Any = None
 
 
 def task_name(function: Callable[..., object]) -> str:
@@ -23,21 +39,126 @@ def task_name(function: Callable[..., object]) -> str:
     return f"{function.__module__}:{function.__qualname__}"
 
 
-def run_task(task: Task) -> str | None:
-    """Run a task; None, or what went wrong."""
+def run_task(task: Task) -> Outcome:
+    """Run a task here and now."""
     target, arguments = task
     module, name = target.split(":")
     try:
-        getattr(importlib.import_module(module), name)(*arguments)
+        return Outcome(None, getattr(importlib.import_module(module), name)(*arguments))
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return None
+        return Outcome(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def _work(tasks: Any, results: Any) -> None:
-    while (entry := tasks.get()) is not None:
-        number, task = entry
-        results.put((number, run_task(task)))
+def device_is_usable() -> bool:
+    """Whether work on the CUDA device can go on: an illegal access spoils a process for good."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def use_part_of_memory(part: float) -> None:
+    """Allow this process so much of the device's memory, of which others need some: a setup task."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(part)
+
+
+def _work(pipe: Any, setup: Task | None) -> None:
+    """A process's life: tasks from the pipe, outcomes into it, until it is closed."""
+    os.setsid()  # what it starts, compilers and sanitizers, ends with it
+    # Compilers must not fork pools of their own: the processes are parallel enough.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    if setup is not None:
+        run_task(setup)
+    with contextlib.suppress(EOFError, OSError):
+        pipe.send(None)
+        while True:
+            outcome = run_task(pipe.recv())
+            usable = outcome.error is None or device_is_usable()
+            try:
+                pipe.send((outcome, usable))
+            except (pickle.PicklingError, TypeError, AttributeError) as error:
+                pipe.send((Outcome(f"{type(error).__name__}: {error}"[:300]), usable))
+
+
+class Child:
+    """One process that runs tasks, and another in its place where one hangs or dies.
+
+    Args:
+        setup: run first in every process.
+        here: no process: tasks run in the caller, who cannot be rid of one that hangs.
+    """
+
+    def __init__(self, setup: Task | None = None, here: bool = False) -> None:
+        self._setup = setup
+        self._here = here
+        self._process: Any = None
+        self._pipe: Any = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def call(self, task: Task, seconds: float = TASK_SECONDS) -> Outcome:
+        """Run a task, for `seconds` at most once the process has started."""
+        if self._here:
+            return run_task(task)
+        try:
+            if not self._start():
+                return Outcome("the process did not start")
+            self._pipe.send(task)
+            if not self._pipe.poll(seconds):
+                self.kill()
+                return Outcome(f"killed: it took more than {seconds:.0f} s")
+            outcome, usable = self._pipe.recv()
+            if not usable:
+                self.kill()
+            return outcome
+        except (EOFError, OSError):
+            process = self._process
+            if process is not None:
+                process.join(5.0)
+            status = None if process is None else process.exitcode
+            self.kill()
+            return Outcome(f"the process ended in the middle of it, with exit status {status}")
+
+    def _start(self) -> bool:
+        if self._process is not None and self._process.is_alive():
+            return True
+        self.kill()
+        with self._lock:
+            if self._closed:
+                return False
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_work, args=(theirs, self._setup), daemon=True)
+            self._process.start()
+            theirs.close()  # so that the end of the process is the end of the pipe
+        if not self._pipe.poll(START_SECONDS):
+            self.kill()
+            return False
+        self._pipe.recv()
+        return True
+
+    def kill(self) -> None:
+        """End the process and what it started, busy or not; the next call starts another."""
+        with self._lock:
+            process, self._process = self._process, None
+            if process is None or process.pid is None:
+                return
+            process.kill()
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+
+    def close(self) -> None:
+        """The same, and no other is started."""
+        self._closed = True
+        self.kill()
 
 
 class Workers:
@@ -45,62 +166,71 @@ class Workers:
 
     Args:
         tasks: to run.
-        count: processes; 0 runs every task here and now.
+        count: processes; with 0 the tasks that are waited for run in the caller.
+        seconds: by a task's number, what it may take; `TASK_SECONDS` where it is not there.
+        setup: run first in every process.
     """
 
-    def __init__(self, tasks: Sequence[Task], count: int) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        count: int,
+        seconds: Mapping[int, float] | None = None,
+        setup: Task | None = None,
+    ) -> None:
         self.tasks = list(tasks)
-        self.done: dict[int, str | None] = {}
-        """By a finished task's number: None, or what went wrong."""
-        self._processes: list[Any] = []
-        if count <= 0:
-            self.done = {number: run_task(task) for number, task in enumerate(self.tasks)}
-            return
-        # Their compilers must not fork pools of their own: the processes are parallel enough.
-        previous = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS")
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-        try:
-            context = multiprocessing.get_context("spawn")
-            # Kept: a queue that is collected takes its lock from children that are still starting.
-            self._waiting = waiting = context.Queue()
-            self._results = context.Queue()
-            count = min(count, len(self.tasks))
-            for entry in [*enumerate(self.tasks), *[None] * count]:
-                waiting.put(entry)
-            waiting.cancel_join_thread()  # tasks that nobody took must not hold up the exit
-            for _ in range(count):
-                process = context.Process(target=_work, args=(waiting, self._results), daemon=True)
-                process.start()
-                self._processes.append(process)
-        finally:
-            if previous is None:
-                del os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
-            else:
-                os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = previous
+        self.done: dict[int, Outcome] = {}
+        """By a finished task's number."""
+        self._seconds = dict(seconds or {})
+        self._next = 0
+        self._stopped = False
+        self._changed = threading.Condition()
+        self._children = [Child(setup) for _ in range(min(count, len(self.tasks)))]
+        self._threads = [
+            threading.Thread(target=self._serve, args=(child,), daemon=True)
+            for child in self._children
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def wait(self, seconds: float) -> None:
-        """Until every task is done, every process has ended, or the time is up."""
-        end = time.monotonic() + seconds
-        while len(self.done) < len(self.tasks):
-            alive = any(process.is_alive() for process in self._processes)
-            try:
-                number, outcome = self._results.get(timeout=0.2 if alive else 0.01)
-            except queue.Empty:
-                if not alive:
-                    return
-            else:
+    def _serve(self, child: Child) -> None:
+        while True:
+            with self._changed:
+                if self._stopped or self._next >= len(self.tasks):
+                    break
+                number = self._next
+                self._next += 1
+            seconds = self._seconds.get(number, TASK_SECONDS)
+            outcome = child.call(self.tasks[number], seconds)
+            with self._changed:
+                if self._stopped:  # it was ended for that: nothing is known of the task
+                    break
                 self.done[number] = outcome
-            if time.monotonic() > end:
-                return
+                self._changed.notify_all()
+        child.close()
+
+    def wait(self, seconds: float, numbers: Iterable[int] | None = None) -> None:
+        """Until these tasks (all, unless some are named) are done or the time is up."""
+        end = time.monotonic() + seconds
+        wanted = set(range(len(self.tasks)) if numbers is None else numbers)
+        if not self._children:
+            for number in sorted(wanted - set(self.done)):
+                if time.monotonic() > end:
+                    return
+                self.done[number] = run_task(self.tasks[number])
+            return
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopped or wanted <= set(self.done), max(0.0, seconds)
+            )
 
     def stop(self) -> None:
-        """Collect what is there and end the processes, busy or not."""
-        with contextlib.suppress(queue.Empty):
-            while self._processes:
-                number, outcome = self._results.get(timeout=0.05)
-                self.done[number] = outcome
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join()
-        self._processes = []
+        """End the processes, busy or not; what was done stays in `done`."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for child in self._children:
+            child.close()
+        for thread in self._threads:
+            thread.join()
+        self._children, self._threads = [], []

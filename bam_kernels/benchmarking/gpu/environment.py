@@ -42,13 +42,18 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip()
 
 
-def commit(given: str | None = None) -> dict[str, Any]:
-    """The commit that is measured: as git tells it of this project's own tree, else as `given`.
+def _in_own_repository() -> bool:
+    """Whether git speaks of this project: an installed package may lie in another's repository."""
+    if not all((ROOT / name).is_dir() for name in ("csrc", "bam_kernels")):
+        return False
+    top = _output("git", "rev-parse", "--show-toplevel")
+    return top is not None and Path(top).resolve() == ROOT
 
-    An installed package may lie inside of somebody else's repository.
-    """
-    own = (ROOT / "csrc").is_dir() and (ROOT / "bam_kernels").is_dir()
-    found = _output("git", "rev-parse", "HEAD") if own else None
+
+def commit(given: str | None = None) -> dict[str, Any]:
+    """The commit that is measured: as git tells it, or as `given` where there is no repository of
+    this project around the package."""
+    found = _output("git", "rev-parse", "HEAD") if _in_own_repository() else None
     if found is None:
         return {"commit": given or "unknown", "dirty": None, "told_by": "option" if given else None}
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ from bam_kernels.benchmarking.timing import (
 )
 
 OURS = ("fused", "fused_graphed")
+TUNED = ("fused_tuned", "fused_tuned_graphed")
+"""`OURS` with the tiles that a sweep in the same run found, in place of the shipped tables'."""
 PLAIN_PEERS = ("eager", "compile", "compile_autotune")
 GRAPHED_PEERS = ("eager_graphed", "compile_graphed", "compile_autotune_graphed")
 COMPILE_MODES = {"compile": None, "compile_autotune": "max-autotune-no-cudagraphs"}
@@ -189,8 +193,29 @@ def _result(module: nn.Module, x: Tensor, dout: Tensor, mode: str) -> dict[str, 
     return found
 
 
+def _overriding(tiles: Mapping[str, Any] | None) -> AbstractContextManager[None]:
+    """These tiles in place of the launch tables'."""
+    if not tiles:
+        return contextlib.nullcontext()
+    from bam_kernels.backends.triton import configs
+
+    return configs.override(**tiles)
+
+
+def _under(tiles: Mapping[str, Any], run: Callable[[], None]) -> Callable[[], None]:
+    def with_tiles() -> None:
+        with _overriding(tiles):
+            run()
+
+    return with_tiles
+
+
 def measure_case(
-    case: Case, settings: Settings, expired: Callable[[], bool], compile_as: tuple[str, ...] = ()
+    case: Case,
+    settings: Settings,
+    expired: Callable[[], bool],
+    compile_as: tuple[str, ...] = (),
+    tiles: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Time every peer of a case, interleaved, and each one's peak memory for one step.
 
@@ -199,6 +224,8 @@ def measure_case(
         settings: how.
         expired: once true, the rounds end early.
         compile_as: which of `COMPILE_MODES` stand among the peers.
+        tiles: by kernel, of the launch tables: with some, the fused module stands among the peers
+            with these as well, as "fused_tuned".
     """
     device = settings.device
     torch._dynamo.reset()  # its limit of compilations per function would count other cases' too
@@ -208,6 +235,8 @@ def measure_case(
         "fused": (fused, fused, "triton"),
         "eager": (plain, plain, "auto"),
     }
+    if tiles:
+        runs["fused_tuned"] = runs["fused"]
     peers: dict[str, Peer] = {}
     found: dict[str, dict[str, Any]] = {}
     for name in compile_as:
@@ -226,6 +255,8 @@ def measure_case(
             steps(forward, module, sets, backend),
             steps(forward, module, sets[:1], backend),
         )
+        if tiles and name == "fused_tuned":
+            run, single = _under(tiles, run), _under(tiles, single)
         entry = found.setdefault(name, {})
         try:
             single()
@@ -255,6 +286,7 @@ def measure_case(
         "input_sets": len(sets),
         "moved_bytes": case.moved_bytes,
         "peers": found,
+        **({"tiles": {k: dataclasses.asdict(tile) for k, tile in tiles.items()}} if tiles else {}),
         **conclude(found, case.moved_bytes, settings.copy_gbs),
     }
 
@@ -271,7 +303,9 @@ def conclude(
     """Ratios to the best peer, and our shares of the copy's bandwidth.
 
     ``ratio_plain`` compares calls as Python makes them, ``ratio_graphed`` CUDA graphs with CUDA
-    graphs, and ``ratio_best`` the best of all with the best of ours; above 1, ours is faster.
+    graphs, and ``ratio_best`` the best of all with the best of ours; above 1, ours is faster. All
+    three are of the shipped launch tables. ``ratio_tuned`` is their time over the tuned tiles', as
+    CUDA graphs if there are both, where there are tuned ones.
     """
     ms = {name: entry["median_ms"] for name, entry in found.items() if "median_ms" in entry}
 
@@ -280,13 +314,15 @@ def conclude(
         theirs = [ms[name] for name in peers if name in ms]
         return min(theirs) / min(mine) if mine and theirs else None
 
+    tuned = ratio(TUNED[1:], OURS[1:]) or ratio(TUNED[:1], OURS[:1])
     return {
+        **({} if tuned is None else {"ratio_tuned": tuned}),
         "ratio_plain": ratio(OURS[:1], PLAIN_PEERS),
         "ratio_graphed": ratio(OURS[1:], GRAPHED_PEERS),
         "ratio_best": ratio(OURS, PLAIN_PEERS + GRAPHED_PEERS),
         "share_of_copy": {
             name: gigabytes_per_second(moved_bytes, ms[name]) / copy_gbs
-            for name in OURS
+            for name in OURS + TUNED
             if name in ms and copy_gbs
         },
     }
@@ -304,6 +340,8 @@ class CaseTable:
         self.report = report
         self.settings = settings
         self.entries: dict[Case, dict[str, Any]] = {}
+        self.tiles: Callable[[Case], Mapping[str, Any]] = lambda case: {}
+        """By kernel, the tiles that a sweep chose for a case, where they are not the shipped ones."""
         report.data["cases"] = []
 
     def run(self, cases: list[Case], section: Section, compile_as: tuple[str, ...] = ()) -> None:
@@ -322,8 +360,9 @@ class CaseTable:
 
     def _measure(self, case: Case, section: Section, compile_as: tuple[str, ...]) -> None:
         before = self.entries.get(case)
+        tiles = self.tiles(case)
         try:
-            entry = measure_case(case, self.settings, section.expired, compile_as)
+            entry = measure_case(case, self.settings, section.expired, compile_as, tiles)
         except Exception as error:
             entry = {"case": case.record(), **describe(error)}
         finally:
@@ -339,23 +378,36 @@ class CaseTable:
                 if "median_ms" in peer
             }
         entry["spot_check"] = before["spot_check"] if before else self._spot_check(case)
+        if tiles:
+            entry["spot_check_tuned"] = self._spot_check(case, tiles)
         self.entries[case] = entry
         self.report.data["cases"] = list(self.entries.values())
 
-    def _spot_check(self, case: Case) -> dict[str, Any]:
+    def _spot_check(
+        self, case: Case, tiles: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         # It does not depend on the batch that is timed: one check serves every batch.
         alike = dataclasses.replace(case, shape=dataclasses.replace(case.shape, batch=_SPOT_BATCH))
-        return dict(_cached_spot_check(alike, self.settings.device))
+        chosen = tuple(sorted((tiles or {}).items()))
+        return dict(_cached_spot_check(alike, self.settings.device, chosen))
 
     def failed_checks(self) -> list[str]:
-        """The cases whose spot check failed or could not run."""
-        return [str(case) for case, entry in self.entries.items() if not entry["spot_check"]["ok"]]
+        """The cases whose spot check, with the shipped or the tuned tiles, failed or could not run."""
+        names = ("spot_check", "spot_check_tuned")
+        return [
+            str(case)
+            for case, entry in self.entries.items()
+            if not all(entry[name]["ok"] for name in names if name in entry)
+        ]
 
 
 @functools.cache
-def _cached_spot_check(case: Case, device: torch.device) -> dict[str, Any]:
+def _cached_spot_check(
+    case: Case, device: torch.device, tiles: tuple[tuple[str, Any], ...]
+) -> dict[str, Any]:
     try:
-        return spot_check(case, *build(case, device))
+        with _overriding(dict(tiles)):
+            return spot_check(case, *build(case, device))
     except Exception as error:
         return {"ok": False, **describe(error)}
     finally:
