@@ -1,4 +1,5 @@
-"""Parity, bandwidth, times and memory of bam_kernels on this machine's GPU, in one bounded run.
+"""Parity, sanitizer, bandwidth, times, memory and launch tables of bam_kernels on this machine's
+GPU, in one bounded run.
 
     python benchmarks/gpu.py --help
 
@@ -18,7 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = ("environment", "parity", "bandwidth", "times", "kernels", "compile", "sweep")
+SECTIONS = (
+    "environment", "matrix", "parity", "sanitizer", "bandwidth", "times", "kernels", "sweep",
+    "compile", "tuned",
+)  # fmt: skip
+MEASURED = {"times", "kernels", "sweep", "compile", "tuned"}
 KERNELS = ("pool_reduce", "gate", "gate_backward_reduce", "input_gradient")
 
 
@@ -30,8 +35,14 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="gpu.py",
-        description="Run the tests on the GPU, then measure bam_kernels beside its peers; JSON "
-        "and a table come out.",
+        description="Check bam_kernels on this machine's GPU against float64, with its tests and "
+        "under compute-sanitizer, measure it beside its peers, search for better launch tables and "
+        "measure those too; JSON and a table come out.",
+        epilog="Sections: environment; matrix, modules of all dtypes, layouts and options against "
+        "float64; parity, the test suite; sanitizer, memcheck and racecheck where the tool works; "
+        "bandwidth of a copy; times, fused beside eager; kernels, each alone; sweep, over tiles, "
+        "warps and stages; compile, torch.compile and the sweep's tiles among the peers; tuned, the "
+        "sweep's tiles in the cases that compile left out.",
     )
     p.add_argument(
         "--output",
@@ -50,10 +61,9 @@ def parser() -> argparse.ArgumentParser:
         "--sections",
         type=_names,
         metavar="NAMES",
-        help=f"comma-separated, of {', '.join(SECTIONS)}; default all but sweep; what is timed is "
-        "held against the copy's bandwidth, which is then always measured",
+        help=f"comma-separated, of {', '.join(SECTIONS)}; default all; what is timed is held "
+        "against the copy's bandwidth, which is then always measured; tuned needs sweep",
     )
-    p.add_argument("--sweep", action="store_true", help="search for better tiles as well")
     p.add_argument("--quick", action="store_true", help="batch 32 and float16 alone")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     p.add_argument(
@@ -63,19 +73,24 @@ def parser() -> argparse.ArgumentParser:
         "interpreter; the JSON is marked as no measurement",
     )
     p.add_argument("--commit", help="the commit to name where there is no git repository")
+    p.add_argument(
+        "--seed",
+        type=int,
+        help="of the parity matrix's first row, to repeat what failed; default a new one",
+    )
     p.add_argument("--rounds", type=int, default=20, help="times taken of each peer (default 20)")
     p.add_argument(
         "--tests",
         type=_names,
-        default=["tests"],
         metavar="PATHS",
-        help="what parity runs, from the repository's root (default tests)",
+        help="what parity runs, from the repository's root; default the files that run kernels on "
+        "the GPU",
     )
     p.add_argument(
         "--parity-seconds",
         type=float,
-        default=240.0,
-        help="the most that the tests may take (default 240)",
+        default=150.0,
+        help="the most that the tests may take (default 150)",
     )
     p.add_argument(
         "--test-workers", type=int, default=4, help="processes of pytest-xdist (default 4)"
@@ -83,9 +98,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--workers",
         type=int,
-        default=max(0, min(6, (os.cpu_count() or 1) // 2 - 2)),
-        help="processes that fill the compilers' caches beside the tests, twice as many for the "
-        "sweep; 0 for none (default %(default)s)",
+        default=max(2, min(12, (os.cpu_count() or 1) - 4)),
+        help="processes that check and compile before the device must be quiet; with 0 checks run "
+        "in the one process and nothing is compiled ahead (default %(default)s)",
     )
     narrow = p.add_argument_group("narrowing (comma-separated; default all)")
     narrow.add_argument("--sites", type=_names, metavar="NAMES", help="layer1, layer2, layer3")
@@ -105,19 +120,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked; exits with status 2 and a message where it is wrong."""
     p = parser()
     args = p.parse_args(argv)
-    args.sections = args.sections or [name for name in SECTIONS if name != "sweep"]
-    if args.sweep and "sweep" not in args.sections:
-        args.sections.append("sweep")
+    args.sections = args.sections or list(SECTIONS)
     for option, known in (("sections", SECTIONS), ("kernels", KERNELS)):
         unknown = set(getattr(args, option) or ()) - set(known)
         if unknown:
             p.error(f"--{option}: expected names among {', '.join(known)}, got {sorted(unknown)}")
-    if set(args.sections) & {"times", "kernels", "compile", "sweep"}:
+    if set(args.sections) & MEASURED:
         args.sections.append("bandwidth")
     args.sections = [name for name in SECTIONS if name in args.sections]
     args.kernels = tuple(args.kernels or KERNELS)
     if args.budget <= 0 or args.rounds < 1:
         p.error("--budget, --rounds: expected more than 0")
+    if args.workers < 0 or args.test_workers < 1:
+        p.error("--workers: expected at least 0; --test-workers: expected at least 1")
     if args.device == "cpu" and not args.smoke:
         p.error("--device cpu measures nothing: it goes with --smoke")
     return args

@@ -104,9 +104,7 @@ def _choose(key: Key, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     old = [entry["shipped"]["median_ms"] for entry in group]
 
     def times(tile: Tile) -> list[float] | None:
-        found = [
-            each.get(cut_down(cell, tile)) for cell, each in zip(cells, measured, strict=True)
-        ]
+        found = [each.get(cut_down(cell, tile)) for cell, each in zip(cells, measured, strict=True)]
         return None if None in found else [ms for ms in found if ms is not None]
 
     best, best_gain = key.table_tile, 1.0

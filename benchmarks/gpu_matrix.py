@@ -198,7 +198,9 @@ def _check(row: Row, device: torch.device) -> dict[str, Any]:
             wrong.append(f"{name}: error {error:.1e}, at most {bound:.1e}; eager's {own:.1e}")
     moved = [name for name, value in ours.items() if not _same_bits(value, again[name])]
     if moved:
-        wrong.append(f"other bits, or memory that nothing wrote, the second time: {', '.join(moved)}")
+        wrong.append(
+            f"other bits, or memory that nothing wrote, the second time: {', '.join(moved)}"
+        )
     return {"errors": errors, "wrong": wrong}
 
 
@@ -256,7 +258,9 @@ def _map(row: Row, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _map_of(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return (torch.randn(size, device=device) + torch.randn(*size[:2], 1, 1, device=device)).to(dtype)
+    return (torch.randn(size, device=device) + torch.randn(*size[:2], 1, 1, device=device)).to(
+        dtype
+    )
 
 
 def _result(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:

@@ -54,7 +54,9 @@ class Pool:
         seconds = {number: job.seconds for number, job in enumerate(self.jobs)}
         self._workers = Workers([job.task for job in self.jobs], count, seconds, setup)
 
-    def wait(self, seconds: float, group: str | None = None, keys: Iterable[Any] | None = None) -> None:
+    def wait(
+        self, seconds: float, group: str | None = None, keys: Iterable[Any] | None = None
+    ) -> None:
         """Until the jobs (of a group, or of these keys of it) are done or the time is up."""
         wanted = None if keys is None else set(keys)
         numbers = [

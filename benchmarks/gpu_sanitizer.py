@@ -51,7 +51,11 @@ def check(tool: str, seconds: float) -> dict[str, Any]:
     target = [sys.executable, str(Path(__file__).resolve())]
     status, text = _run(target, seconds * _PLAIN_PART)
     if status is None:
-        return {"outcome": "timeout", "of": "the kernels without the sanitizer", "tail": _tail(text)}
+        return {
+            "outcome": "timeout",
+            "of": "the kernels without the sanitizer",
+            "tail": _tail(text),
+        }
     if status or _RAN not in text:
         return {"outcome": "broken", "exit_status": status, "tail": _tail(text)}
     # CUDA calls that fail are torch's way of asking; they are not what is looked for.

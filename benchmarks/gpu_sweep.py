@@ -174,9 +174,7 @@ def most_spills(function: Any) -> int | None:
 
 
 @functools.lru_cache(maxsize=1)
-def _prepared(
-    cell: Cell, settings: Settings
-) -> tuple[list[Operands], tuple[torch.Tensor, ...]]:
+def _prepared(cell: Cell, settings: Settings) -> tuple[list[Operands], tuple[torch.Tensor, ...]]:
     """The input sets of a cell and what the table's tile makes of the first."""
     release(settings.device)
     count = cell.shape.sets(l2_bytes(settings.device))

@@ -1,4 +1,4 @@
-"""The run on paper: tables of the sweep and of the kernels, then a summary of at most 60 lines."""
+"""The run on paper: tables of sweep, kernels and parity, then a summary of at most 60 lines."""
 
 from __future__ import annotations
 
@@ -72,6 +72,38 @@ def kernel_lines(data: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def launch_table_lines(data: Mapping[str, Any]) -> Iterator[str]:
+    """The sweep's tiles, to paste into the launch tables."""
+    yield from data.get("launch_table", {}).get("paste", ())
+
+
+def matrix_lines(data: Mapping[str, Any]) -> Iterator[str]:
+    """The matrix's worst errors by dtype and combine mode, and what failed, with its seed."""
+    matrix = data.get("matrix")
+    if not matrix:
+        return
+    combines = list(dict.fromkeys(c for row in matrix["worst"].values() for c in row))
+    yield "parity matrix: worst relative error against float64, fused (eager)"
+    yield f"{'':<13} {'':<10} {'':<10}" + "".join(f"{name:>19}" for name in combines)
+    for dtype, row in matrix["worst"].items():
+        for mode in ("training", "inference"):
+            for kind in ("out", "gradients"):
+                cells = [row.get(name, {}).get(mode, {}).get(kind) for name in combines]
+                if any(cells):
+                    yield f"{dtype:<13} {mode:<10} {kind:<10}" + "".join(map(_pair, cells))
+    for failure in matrix["failures"]:
+        yield f"WRONG: {failure['row']}: {'; '.join(failure['wrong'])[:300]}"
+    if matrix["failures"]:
+        yield f"to repeat: bash benchmarks/gpu.sh --sections matrix --seed {matrix['first_seed']}"
+
+
+def _pair(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return f"{'-':>19}"
+    fused, eager = (float(cell[name]) for name in ("fused", "eager"))
+    return f"{fused:.1e} ({eager:.1e})".rjust(19)
+
+
 def summary_lines(data: Mapping[str, Any]) -> list[str]:
     """What the run found, in at most `SUMMARY_LINES` lines."""
     head = []
@@ -85,7 +117,8 @@ def summary_lines(data: Mapping[str, Any]) -> list[str]:
             f"commit {str(environment.get('commit'))[:12]}"
             f"{' (changed)' if environment.get('dirty') else ''}"
         )
-    tail = [*_parity_lines(data), *_check_lines(data), *_left_out_lines(data)]
+    tail = [*_matrix_line(data), *_parity_lines(data), *_sanitizer_line(data)]
+    tail += [*_check_lines(data), *_left_out_lines(data)]
     rows = list(_case_lines(data))
     room = SUMMARY_LINES - len(head) - len(tail) - 2
     if len(rows) > room:
@@ -101,10 +134,10 @@ def _case_lines(data: Mapping[str, Any]) -> Iterator[str]:
     cases = data.get("cases")
     if not cases:
         return
-    columns = "fused eager  comp | graph: fused eager  comp | plain graph share"
+    columns = "fused eager  comp | graph: fused eager  comp | plain graph share tuned"
     yield (
         "ms a call; best peer / fused for plain calls and for CUDA graphs (above 1: fused is "
-        "faster); share of copy bandwidth"
+        "faster); share of copy bandwidth; shipped over tuned tiles"
     )
     yield f"{'':<26}" + " || ".join(f"{short}: {columns}" for _, short in _MODES)
     rows: dict[str, dict[str, Mapping[str, Any]]] = {}
@@ -130,7 +163,27 @@ def _case_cells(entry: Mapping[str, Any]) -> str:
     shares = entry.get("share_of_copy", {})
     share = shares.get("fused_graphed", shares.get("fused"))
     ratios = [number(entry.get(f"ratio_{kind}"), 2, 5) for kind in ("plain", "graphed")]
-    return f"{plain} | {graph} | {' '.join(ratios)} {number(share, 2, 5)}"
+    ratios += [number(share, 2, 5), number(entry.get("ratio_tuned"), 2, 5)]
+    return f"{plain} | {graph} | {' '.join(ratios)}"
+
+
+def _matrix_line(data: Mapping[str, Any]) -> Iterator[str]:
+    matrix = data.get("matrix")
+    if not matrix:
+        yield "matrix: not run"
+        return
+    wrong = matrix["failures"]
+    verdict = f"WRONG in {len(wrong)}: {wrong[0]['row']}" if wrong else "all right"
+    yield f"matrix: {matrix['done']} of {matrix['rows']} rows done, {verdict}"
+
+
+def _sanitizer_line(data: Mapping[str, Any]) -> Iterator[str]:
+    tools = data.get("sanitizer")
+    if tools:
+        yield "compute-sanitizer: " + ", ".join(
+            f"{name} {found['outcome']}" + (f" {found['errors']}" if found.get("errors") else "")
+            for name, found in tools.items()
+        )
 
 
 def _parity_lines(data: Mapping[str, Any]) -> Iterator[str]:

@@ -383,9 +383,11 @@ class CaseTable:
         self.entries[case] = entry
         self.report.data["cases"] = list(self.entries.values())
 
-    def _spot_check(
-        self, case: Case, tiles: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def has(self, case: Case, peer: str) -> bool:
+        """Whether the peer's time in a case is known."""
+        return "median_ms" in self.entries.get(case, {}).get("peers", {}).get(peer, {})
+
+    def _spot_check(self, case: Case, tiles: Mapping[str, Any] | None = None) -> dict[str, Any]:
         # It does not depend on the batch that is timed: one check serves every batch.
         alike = dataclasses.replace(case, shape=dataclasses.replace(case.shape, batch=_SPOT_BATCH))
         chosen = tuple(sorted((tiles or {}).items()))
