@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
         epilog="Sections: environment; matrix, modules of all dtypes, layouts and options against "
         "float64; parity, the test suite; sanitizer, memcheck and racecheck where the tool works; "
         "bandwidth of a copy; times, fused beside eager; kernels, each alone; sweep, over tiles, "
-        "warps and stages; compile, torch.compile and the sweep's tiles among the peers; tuned, the "
-        "sweep's tiles in the cases that compile left out.",
+        "warps and stages; compile, torch.compile and the sweep's tiles among the peers; tuned, "
+        "the sweep's tiles in the cases that compile left out.",
     )
     p.add_argument(
         "--output",
@@ -98,9 +98,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--workers",
         type=int,
-        default=max(2, min(12, (os.cpu_count() or 1) - 4)),
         help="processes that check and compile before the device must be quiet; with 0 checks run "
-        "in the one process and nothing is compiled ahead (default %(default)s)",
+        "in the one process and nothing is compiled ahead (default as many as the machine has "
+        "cores, less 4, from 2 to 12; 0 in a smoke run)",
     )
     narrow = p.add_argument_group("narrowing (comma-separated; default all)")
     narrow.add_argument("--sites", type=_names, metavar="NAMES", help="layer1, layer2, layer3")
@@ -131,6 +131,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.kernels = tuple(args.kernels or KERNELS)
     if args.budget <= 0 or args.rounds < 1:
         p.error("--budget, --rounds: expected more than 0")
+    if args.workers is None:
+        args.workers = 0 if args.smoke else max(2, min(12, (os.cpu_count() or 1) - 4))
     if args.workers < 0 or args.test_workers < 1:
         p.error("--workers: expected at least 0; --test-workers: expected at least 1")
     if args.device == "cpu" and not args.smoke:

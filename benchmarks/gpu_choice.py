@@ -1,8 +1,8 @@
 """What the sweep found, as a launch table: which tile for which entry, and the lines to paste.
 
 The tables of bam_kernels/backends/triton/configs.py know an element's size, the hidden width, the
-layout and the precision of fp32 dots, and not the site: where several sites share an entry, the tile
-that is chosen is the best of those that were timed at all of them.
+layout and the precision of fp32 dots, and not the site: where several sites share an entry, the
+tile that is chosen is the best of those that were timed at all of them.
 """
 
 from __future__ import annotations
@@ -158,12 +158,12 @@ def paste(table: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) ->
     Each function's lines belong at the top of the function of that name there. Where the shipped
     tile is kept, a comment says so.
     """
+    versions = f"torch {environment.get('torch')}, Triton {environment.get('triton')}"
     lines = [
-        f"# {environment.get('device')}, torch {environment.get('torch')}, Triton "
-        f"{environment.get('triton')}, commit {str(environment.get('commit'))[:12]}: ms of a launch,",
-        "# old -> new, by CUDA graph. The lines of a function go to the top of the function of its",
-        "# name in bam_kernels/backends/triton/configs.py; tests/test_aot.py then tells whether they",
-        "# spill on another target.",
+        f"# {environment.get('device')}, {versions}, commit {str(environment.get('commit'))[:12]}.",
+        "# Times: ms of a launch by CUDA graph, old -> new. The lines of a function go to the top",
+        "# of the function of its name in bam_kernels/backends/triton/configs.py; then",
+        "# tests/test_aot.py tells whether they spill on another target.",
     ]
     for kernel in dict.fromkeys(entry["kernel"] for entry in table):
         changed, kept = [], []
@@ -172,8 +172,8 @@ def paste(table: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) ->
                 continue
             key = Key(**{field.name: entry[field.name] for field in dataclasses.fields(Key)})
             if entry["new"] == entry["old"]:
-                kept.append(f"# _{kernel}: {key.condition}: {_tile(entry['old'])} stays, the best "
-                            f"of {entry['tried'] + 1}")  # fmt: skip
+                kept.append(f"# _{kernel}: {key.condition}:")
+                kept.append(f"#     {_tile(entry['old'])} stays, of {entry['tried'] + 1} timed")
                 continue
             changed.append(f"    if {key.condition}:")
             changed += [

@@ -1,4 +1,9 @@
-"""One run from its environment to its table: the sections, in order, within the budget."""
+"""One run from its environment to its table: the sections, in order, within the budget.
+
+Run on CPUs alone so far, in Triton's interpreter and on fakes. On a GPU unproven: how many rows,
+tests and tiles the parts of the budget hold, what the sanitizer says under the options given to it,
+spills as Triton's binaries tell them, and processes that are ended while a kernel of theirs hangs.
+"""
 
 from __future__ import annotations
 
@@ -224,9 +229,8 @@ class Run:
                 Job("sanitizer", tool, (check, (tool, seconds)), seconds + 30)
                 for tool in gpu_sanitizer.TOOLS
             ]
-        count = 0 if self.args.smoke else self.args.workers
-        ahead = bool(count)
-        if "compile" in self.args.sections and ahead:
+        count = self.args.workers
+        if "compile" in self.args.sections and count and not self.args.smoke:
             fill = [
                 Job("fill", str(case), (task_name(fill_compile_cache), (case, str(self.device))))
                 for case in self.selection.cases()
@@ -369,7 +373,7 @@ class Run:
             self.settings,
             self.budget.section("sweep"),
             self.report,
-            Child(here=self.args.smoke),
+            Child(here=self.args.smoke and not self.args.workers),
             self._candidates(),
         )
         chosen = gpu_choice.choose(data["sweep"])
@@ -421,7 +425,7 @@ class Run:
 
 
 def failures(data: dict[str, Any]) -> list[bool]:
-    """What makes a run fail: tests, checks, sanitizers and sections; not what time did not allow."""
+    """What makes a run fail: tests, checks, sanitizers, sections; not what time did not allow."""
     parity = data.get("parity", {"ok": True})
     seen = parity.get("failed") or parity.get("errors") or parity.get("error")
     cut_short = not parity.get("complete", True) and parity.get("passed") and not seen

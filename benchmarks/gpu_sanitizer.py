@@ -30,7 +30,7 @@ _PLAIN_PART = 0.4
 
 
 def find() -> str | None:
-    """The sanitizer's path, on the PATH or where CUDA is usually installed; None if there is none."""
+    """The sanitizer's path, on the PATH or where CUDA usually lies; None if there is none."""
     home = os.environ.get("CUDA_HOME")
     folders = [os.environ.get("PATH", ""), *([f"{home}/bin"] if home else []), *_FOLDERS]
     return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
@@ -129,24 +129,27 @@ def _end(pid: int) -> None:
                     os.kill(int(child), signal.SIGKILL)
 
 
-def launch_all() -> None:
+def launch_all(device_name: str = "cuda") -> None:
     """Every kernel, forward and backward, on maps of few tiles with ragged ends."""
     import torch
 
     import bam_kernels
 
-    device = torch.device("cuda")
+    device = torch.device(device_name)
     cases = (
         (torch.float16, torch.contiguous_format, "sum", "paper"),
         (torch.float32, torch.channels_last, "max", "official"),
     )
     for dtype, memory_format, combine, preset in cases:
         module = bam_kernels.BAM(48, combine=combine, preset=preset, device=device, dtype=dtype)
+        squeeze = bam_kernels.SqueezeExcite(48, device=device, dtype=dtype).eval()
         x = torch.randn(3, 48, 7, 9, device=device).to(dtype, memory_format=memory_format)
         with bam_kernels.use_backend("triton"):
             module(x.requires_grad_()).sum().backward()
             with torch.no_grad():
                 module.eval()(x)
+                squeeze(x)
+    if device.type == "cuda":
         torch.cuda.synchronize()
     print(_RAN, flush=True)
 

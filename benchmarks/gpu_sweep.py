@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import math
 import time
@@ -145,14 +146,14 @@ def compile_candidate(cell: Cell, tile: Tile, device_name: str) -> int | None:
 
 def jit_function(kernel: str) -> Any:
     """The @triton.jit function of a kernel."""
-    from bam_kernels.backends.triton import gate, input_gradient, pool_reduce
-
-    return {
-        "gate": gate._gate_forward_kernel,
-        "gate_backward_reduce": gate._gate_backward_reduce_kernel,
-        "pool_reduce": pool_reduce._pool_reduce_kernel,
-        "input_gradient": input_gradient._input_gradient_kernel,
+    module, name = {
+        "gate": ("gate", "_gate_forward_kernel"),
+        "gate_backward_reduce": ("gate", "_gate_backward_reduce_kernel"),
+        "pool_reduce": ("pool_reduce", "_pool_reduce_kernel"),
+        "input_gradient": ("input_gradient", "_input_gradient_kernel"),
     }[kernel]
+    # The package's own names are the launchers, one of them called like its module.
+    return getattr(importlib.import_module(f"bam_kernels.backends.triton.{module}"), name)
 
 
 def forget_binaries(function: Any) -> None:
@@ -180,6 +181,12 @@ def _prepared(cell: Cell, settings: Settings) -> tuple[list[Operands], tuple[tor
     count = cell.shape.sets(l2_bytes(settings.device))
     sets = [operands(cell.shape, settings.device) for _ in range(count)]
     return sets, launch(cell.kernel, sets[0])
+
+
+def warm_up(settings: Settings) -> None:
+    """Bring the device up in this process: that is no cell's time."""
+    torch.zeros(1, device=settings.device)
+    synchronize(settings.device)
 
 
 def check_candidate(cell: Cell, tile: Tile, settings: Settings) -> dict[str, Any]:
@@ -277,6 +284,7 @@ def run_sweep(
         "done": len(compiled),
     }
     try:
+        child.call((task_name(warm_up), (settings,)), _FINAL_SECONDS)
         for position, cell in enumerate(cells):
             share = section.left() / (len(cells) - position)
             if not section.allows(0.1 if settings.dry else 1.0, f"{cell}: every candidate"):

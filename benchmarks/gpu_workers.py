@@ -1,4 +1,4 @@
-"""Processes that run what needs no quiet device, or what may hang or crash: one task at a time each.
+"""Processes that run what needs no quiet device, or what may hang or crash, a task at a time.
 
 A task that outlives its time is ended with its process; so is a process whose CUDA context an error
 has spoilt. Another takes its place, and the other tasks do not notice.
@@ -62,7 +62,7 @@ def device_is_usable() -> bool:
 
 
 def use_part_of_memory(part: float) -> None:
-    """Allow this process so much of the device's memory, of which others need some: a setup task."""
+    """Allow this process its part of the device's memory, which others need too: a setup task."""
     import torch
 
     if torch.cuda.is_available():

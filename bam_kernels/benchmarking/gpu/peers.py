@@ -341,7 +341,7 @@ class CaseTable:
         self.settings = settings
         self.entries: dict[Case, dict[str, Any]] = {}
         self.tiles: Callable[[Case], Mapping[str, Any]] = lambda case: {}
-        """By kernel, the tiles that a sweep chose for a case, where they are not the shipped ones."""
+        """By kernel, the tiles that a sweep chose for a case, if not the shipped ones."""
         report.data["cases"] = []
 
     def run(self, cases: list[Case], section: Section, compile_as: tuple[str, ...] = ()) -> None:
@@ -394,7 +394,7 @@ class CaseTable:
         return dict(_cached_spot_check(alike, self.settings.device, chosen))
 
     def failed_checks(self) -> list[str]:
-        """The cases whose spot check, with the shipped or the tuned tiles, failed or could not run."""
+        """The cases whose spot check, with shipped or tuned tiles, failed or could not run."""
         names = ("spot_check", "spot_check_tuned")
         return [
             str(case)
