@@ -45,6 +45,8 @@ def refine(
         return None
     if x.numel() == 0 or combine not in _MODES:
         return None
+    if not x.is_cpu and not _same_device(x, channel, spatial):
+        return None
     backend = choose_backend(x)
     if backend == "reference" or unfusable(channel, spatial) is not None:
         return None
@@ -67,6 +69,12 @@ def refine(
         return torch.ops.bam_kernels.bam(x, *found)
     # Past the dispatcher, which here takes as long as a small map.
     return backend_module(backend).bam_forward(x, *found)
+
+
+def _same_device(x: Tensor, channel: ChannelBranch | None, spatial: SpatialBranch | None) -> bool:
+    """Whether the module is where x is; if not, the caller says so before a backend is chosen."""
+    branches = (branch for branch in (channel, spatial) if branch is not None)
+    return all(p.device == x.device for branch in branches for p in branch.parameters())
 
 
 def fits_triton(arguments: Arguments) -> bool:
