@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bam_kernels.backends import ABSENT
 from bam_kernels.config import COMBINE_MODES
-from bam_kernels.dispatch import DTYPES, choose_backend
+from bam_kernels.dispatch import DTYPES, BackendUnavailableError, choose_backend
 from bam_kernels.fusable import MOST_HIDDEN, MOST_MLP_HIDDEN, has_hooks, unfusable
 from bam_kernels.ops.registry import backend_module
 from bam_kernels.reference import ChannelBranch, SpatialBranch
@@ -45,9 +45,10 @@ def refine(
         return None
     if x.numel() == 0 or combine not in _MODES:
         return None
-    if not x.is_cpu and not _same_device(x, channel, spatial):
+    try:
+        backend = choose_backend(x)
+    except BackendUnavailableError:  # raised again, behind the checks of the input
         return None
-    backend = choose_backend(x)
     if backend == "reference" or unfusable(channel, spatial) is not None:
         return None
     found = arguments(x, channel, spatial, combine, residual)
@@ -69,12 +70,6 @@ def refine(
         return torch.ops.bam_kernels.bam(x, *found)
     # Past the dispatcher, which here takes as long as a small map.
     return backend_module(backend).bam_forward(x, *found)
-
-
-def _same_device(x: Tensor, channel: ChannelBranch | None, spatial: SpatialBranch | None) -> bool:
-    """Whether the module is where x is; if not, the caller says so before a backend is chosen."""
-    branches = (branch for branch in (channel, spatial) if branch is not None)
-    return all(p.device == x.device for branch in branches for p in branch.parameters())
 
 
 def fits_triton(arguments: Arguments) -> bool:
