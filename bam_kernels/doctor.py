@@ -227,6 +227,8 @@ def _guarded(run: Callable[[], Any]) -> Any:
 def _torch() -> dict[str, Any]:
     import torch
 
+    from bam_kernels.benchmarking.cpu import machine
+
     versions = {
         "torch": torch.__version__,
         "triton": _guarded(_triton),
@@ -234,7 +236,7 @@ def _torch() -> dict[str, Any]:
         "rocm": getattr(torch.version, "hip", None),
     }
     cpu = {
-        "model": _guarded(_cpu_model),
+        "model": _guarded(machine.model),
         "torch_capability": _guarded(torch.backends.cpu.get_cpu_capability),
         "threads": torch.get_num_threads(),
     }
@@ -250,15 +252,6 @@ def _triton() -> str | dict[str, str] | None:
     import triton
 
     return triton.__version__
-
-
-def _cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    named = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.M)
-    return named[1] if named else platform.processor() or platform.machine()
 
 
 def _gpus() -> list[dict[str, Any]]:

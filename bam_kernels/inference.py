@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bam_kernels.backends import ABSENT
 from bam_kernels.config import COMBINE_MODES
-from bam_kernels.dispatch import DTYPES, choose_backend
+from bam_kernels.dispatch import DTYPES, BackendUnavailableError, choose_backend
 from bam_kernels.fusable import MOST_HIDDEN, MOST_MLP_HIDDEN, has_hooks, unfusable
 from bam_kernels.ops.registry import backend_module
 from bam_kernels.reference import ChannelBranch, SpatialBranch
@@ -45,7 +45,10 @@ def refine(
         return None
     if x.numel() == 0 or combine not in _MODES:
         return None
-    backend = choose_backend(x)
+    try:
+        backend = choose_backend(x)
+    except BackendUnavailableError:  # raised again, behind the checks of the input
+        return None
     if backend == "reference" or unfusable(channel, spatial) is not None:
         return None
     found = arguments(x, channel, spatial, combine, residual)

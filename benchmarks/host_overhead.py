@@ -31,38 +31,23 @@ import torch  # noqa: E402
 import bam_kernels  # noqa: E402
 from bam_kernels import dispatch, reference  # noqa: E402
 from bam_kernels.benchmarking.cpu import machine  # noqa: E402
+from bam_kernels.testing.aot import without_launches  # noqa: E402
 
 TARGET = "sm_90"
 SHAPE = (1, 32, 4, 4)
 
 
 @contextmanager
-def no_launches(target: str = TARGET) -> Iterator[list[int]]:
-    """Triton compiles for `target`, once, and launches nothing; a list of how many it would have
-    launched. CPU tensors count as a GPU's."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    from bam_kernels.testing.aot import _FakeDriver
-
-    count, run, active = [0], JITFunction.run, driver._active
-
-    def bind(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        count[0] += 1
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
-
+def no_launches() -> Iterator[list[Any]]:
+    """A list of the kernels that would have been launched. CPU tensors count as a GPU's."""
+    kernels: list[Any] = []
     why_not = dispatch.why_not
-    dispatch.why_not = lambda backend, device_type: (
-        None if backend == "triton" else why_not(backend, device_type)
-    )
-    driver.set_active(_FakeDriver(target))
-    JITFunction.run = bind
+    dispatch.why_not = lambda backend, device_type: None
     try:
-        with bam_kernels.use_backend("triton"):
-            yield count
+        with bam_kernels.use_backend("triton"), without_launches(TARGET, kernels.append):
+            yield kernels
     finally:
-        JITFunction.run, dispatch.why_not = run, why_not
-        driver.set_active(active)
+        dispatch.why_not = why_not
 
 
 def microseconds(call: Callable[[], object], calls: int) -> float:
@@ -77,13 +62,13 @@ def measure(preset: str, rounds: int, calls: int) -> dict[str, Any]:
     ours = bam_kernels.BAM(SHAPE[1], preset=preset).eval()
     eager = reference.BAM(SHAPE[1], preset=preset).eval()
     x = torch.randn(SHAPE)
-    with torch.inference_mode(), no_launches() as count:
+    with torch.inference_mode(), no_launches() as kernels:
         sides = {"ours": lambda: ours(x), "eager": lambda: eager(x)}
         for side in sides.values():
             side()
-        before = count[0]
+        kernels.clear()
         ours(x)
-        launches = count[0] - before
+        launches = len(kernels)
         taken: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, side in sides.items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -20,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 sys.path.insert(0, str(ROOT))
 
+from bam_kernels.benchmarking import results  # noqa: E402
+
 
 def _load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
@@ -29,36 +30,21 @@ def _load(path: Path) -> ModuleType:
 
 
 def traffic() -> str:
-    """All rows of traffic.json, both memory formats."""
-    data = json.loads((RESULTS / "traffic.json").read_text())
-    lines = [
-        "| shape | layout | preset | module | passes forward | backward | inference "
-        "| launches forward | backward | inference | kept | peak |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in data["rows"]:
-        cells = ["x".join(map(str, row["shape"])), row["layout"], row["preset"], row["module"]]
-        for what, form in (("passes", "{:.1f}"), ("launches", "{}")):
-            cells += [form.format(row[what][k]) for k in ("forward", "backward", "inference")]
-        cells += [f"{row['kept_for_backward']:.2f} x", f"{row['peak']:.2f} x"]
-        lines.append(f"| {' | '.join(cells)} |")
-    told = f"torch {data['torch']}, Triton {data['triton']}, commit `{data['commit'][:12]}`"
-    return "\n".join(lines) + f"\n\nCounted with {told}: {data['what']}."
+    """traffic.json, a table a memory format."""
+    found = results.load(RESULTS / "traffic.json")
+    parts = []
+    for layout, title in (("nchw", "NCHW"), ("channels_last", "channels_last")):
+        parts += [f"{title}:", results.traffic_markdown(found.data["rows"], layout)]
+    parts.append(f"{found.data['what']}; {results.provenance(found)}.")
+    return "\n\n".join(parts)
 
 
 def cpu() -> str:
     """Each results file of the CPU benchmark: machine, versions, and its table."""
-    from bam_kernels.benchmarking.cpu import report
-
     parts = []
     for path in sorted(RESULTS.glob("cpu-*.json")):
-        data = json.loads(path.read_text())
-        machine = data["machine"]
-        parts.append(
-            f"`{path.name}`: {machine['cpu']}, {machine['threads']} threads, torch "
-            f"{data['versions']['torch']}, commit `{data['commit'][:12]}`.\n\n"
-            + report.markdown(data).strip()
-        )
+        found = results.load(path)
+        parts += [f"`{path.name}`: {results.provenance(found)}.", results.table(found)]
     return "\n\n".join(parts)
 
 

@@ -98,8 +98,9 @@ def test_figures_are_the_results_files():
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
         passes = [f"{row['passes'][k]:.1f}" for k in ("forward", "backward", "inference")]
-        cells = [shape, row["layout"], row["preset"], row["module"], *passes]
-        assert "| " + " | ".join(cells) + " |" in page
+        cells = [shape, row["preset"], row["module"], *passes]
+        line = "| " + " | ".join(cells) + " |"
+        assert line in page.split("channels_last:\n")[row["layout"] == "channels_last"]
         if row["preset"] == "paper":
             side = 0 if row["module"] == "eager" else 1
             for name, drawing in drawings.DRAWINGS.items():

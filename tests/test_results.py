@@ -282,7 +282,7 @@ def test_plots(capsys, gpu, tmp_path):
 def test_the_bars_are_the_files_numbers():
     from bam_kernels.benchmarking import results_figure
 
-    panels = results_figure._cpu(data_of("cpu"))["paper"]
+    panels = results_figure.cpu_panels(data_of("cpu"))["paper"]
     for row in data_of("cpu")["rows"]:
         if row["preset"] == "paper":
             bars = panels[f"{row['mode']}, {row['dtype']}"][row["site"]]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from bam_kernels.benchmarking.files import replacing
 
 KINDS = ("cpu", "gpu", "traffic")
 
@@ -210,15 +211,15 @@ def table(results: Results) -> str:
     return report.markdown(results.data)
 
 
-def traffic_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The traffic meter's rows in NCHW; the JSON has channels_last beside them."""
+def traffic_markdown(rows: Sequence[Mapping[str, Any]], layout: str = "nchw") -> str:
+    """The traffic meter's rows in one memory format; the JSON has both."""
     lines = [
         "| shape | preset | module | passes forward | backward | inference "
         "| launches forward | backward | inference | kept for backward | peak |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if row["layout"] != "nchw":
+        if row["layout"] != layout:
             continue
         passes, launches = row["passes"], row["launches"]
         lines.append(
@@ -329,12 +330,5 @@ def _places(document: Path, text: str) -> dict[str, tuple[int, int]]:
 
 def replace(path: Path, text: str) -> None:
     """Write a document whole or not at all; it keeps its mode."""
-    real = path.resolve()  # a link stays one
-    part = real.with_name(f".{real.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        os.chmod(part, real.stat().st_mode & 0o7777)
-        os.replace(part, real)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
+        file.write(text)

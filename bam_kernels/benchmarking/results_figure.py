@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bam_kernels.benchmarking.files import replacing
 from bam_kernels.benchmarking.results import Results, provenance
 
 if TYPE_CHECKING:
@@ -207,9 +207,5 @@ def _label(value: float) -> str:
 
 def save(figure: Figure, path: Path) -> None:
     """As PNG, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         figure.savefig(part, format="png", dpi=130)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -9,9 +9,9 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bam_kernels.cli.output import FAILED, error
+from bam_kernels.cli.output import FAILED, error, shape_of
 
 if TYPE_CHECKING:
     from bam_kernels.benchmarking.cpu.run import Options
@@ -58,11 +58,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _site(text: str) -> tuple[int, int, int, int]:
-    try:
-        size = tuple(int(part) for part in text.split("x"))
-    except ValueError:
-        size = ()
-    if len(size) != 4 or min(size) < 1 or size[1] < 16:
+    size = shape_of(text)
+    if size is None or size[1] < 16:
         raise argparse.ArgumentTypeError(
             f"expected NxCxHxW with C of at least 16, such as 8x256x56x56, got {text!r}"
         )
@@ -109,6 +106,7 @@ def _bench(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from bam_kernels.benchmarking.cpu import peers, report, run
+    from bam_kernels.benchmarking.files import replacing
 
     options, out = _options(args), Console(width=None if sys.stdout.isatty() else _WIDTH)
     if args.list:
@@ -121,7 +119,8 @@ def _bench(args: argparse.Namespace) -> int:
     except peers.NO_BACKEND as problem:
         return error("bench", str(problem))
     if args.json is not None:
-        _write(args.json, result)
+        with replacing(args.json) as part:
+            part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     report.show(result, out)
     if args.plot is not None:
         from bam_kernels.benchmarking import plot
@@ -132,13 +131,3 @@ def _bench(args: argparse.Namespace) -> int:
         report.show_bars(result["bars"], out)
         return 0 if all(each["pass"] for each in result["bars"]) else FAILED
     return 0
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

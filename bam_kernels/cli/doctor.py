@@ -7,7 +7,7 @@ import json
 import textwrap
 from typing import Any
 
-from bam_kernels.cli.output import error, print_table, say
+from bam_kernels.cli.output import error, print_table, say, shape_of
 
 _SHAPE = (2, 256, 14, 14)
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -67,10 +67,9 @@ def _options(args: argparse.Namespace) -> Any:
 
     shape = _SHAPE if args.channels is None else (_SHAPE[0], args.channels, *_SHAPE[2:])
     if args.shape is not None:
-        parts = args.shape.split("x")
-        if len(parts) != 4 or not all(p.isascii() and p.isdigit() and int(p) for p in parts):
+        shape = shape_of(args.shape)
+        if shape is None:
             raise ValueError(f"--shape: expected NxCxHxW, each 1 or more, got {args.shape!r}")
-        shape = tuple(map(int, parts))
         if args.channels not in (None, shape[1]):
             raise ValueError(
                 f"--channels: expected the {shape[1]} of --shape {args.shape}, got {args.channels}"

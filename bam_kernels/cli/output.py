@@ -1,4 +1,4 @@
-"""What all commands print alike: progress and errors on stderr, tables on stdout."""
+"""What all commands share: shapes read; progress and errors on stderr, tables on stdout."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ FAILED = 1
 
 USAGE_ERROR = 2
 """Exit status of bad arguments, and where something is missing."""
+
+
+def shape_of(text: str) -> tuple[int, int, int, int] | None:
+    """``NxCxHxW`` as numbers, each 1 or more; None where it is no such text."""
+    parts = text.split("x")
+    if len(parts) != 4 or not all(p.isascii() and p.isdigit() and int(p) for p in parts):
+        return None
+    n, c, h, w = map(int, parts)
+    return n, c, h, w
 
 
 def say(text: str) -> None:

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,6 +123,18 @@ def compile_only(target: str) -> Iterator[list[KernelReport]]:
     included. Errors of the compiler propagate to the launcher. Autotuned kernels do not work here:
     timing their configurations takes a device.
     """
+    reports: list[KernelReport] = []
+    with without_launches(target, lambda kernel: reports.append(_report(kernel, target))):
+        yield reports
+
+
+@contextmanager
+def without_launches(target: str, launched: Callable[[Any], object]) -> Iterator[None]:
+    """Compile for `target`, and call `launched` with each kernel in place of launching it.
+
+    Everything else that a launch does on the host is done: arguments bound and specialised, the
+    kernel looked up. As `compile_only`, which also reads what was compiled.
+    """
     if reason := is_available():
         raise RuntimeError(f"cannot compile ahead of time: {reason}")
     from triton.runtime import driver
@@ -132,7 +144,6 @@ def compile_only(target: str) -> Iterator[list[KernelReport]]:
     previous_driver = driver._active
     if isinstance(previous_driver, _FakeDriver):
         raise RuntimeError("compile_only does not nest")
-    reports: list[KernelReport] = []
     original_run = JITFunction.run
 
     @functools.wraps(original_run)
@@ -142,13 +153,13 @@ def compile_only(target: str) -> Iterator[list[KernelReport]]:
             kernel = kernel.result()
         if kernel is None:
             raise RuntimeError(f"a Triton hook vetoed the compilation of {self.__name__}")
-        reports.append(_report(kernel, target))
+        launched(kernel)
         return kernel
 
     driver.set_active(_FakeDriver(target))
     JITFunction.run = run
     try:
-        yield reports
+        yield
     finally:
         JITFunction.run = original_run
         driver.set_active(previous_driver)

@@ -124,7 +124,7 @@ def channel_mlp_blocks(
     is above 64.
     """
     block_n = max(next_power_of_2(samples), _LEAST) if batch_stats else _LEAST
-    block_h = max(next_power_of_2(hidden), _LEAST)
+    block_h = block_whole(hidden)
     if backward and not batch_stats:  # mostly the whole batch, and no loop
         block_n = max(_LEAST, min(next_power_of_2(samples), 2048 // block_h))
     num_warps = 16 if block_h > 64 else 8 if block_n * block_h >= 4096 else 4
@@ -146,21 +146,33 @@ def reads_again(nbytes: int) -> bool:
     return nbytes <= _READ_AGAIN_BYTES
 
 
+def mlp_blocks_beside_conv(samples: int, hidden: int, itemsize: int) -> tuple[int, int, int] | None:
+    """`channel_mlp_blocks` (without warps) for inference, where the MLP shares a launch, and so
+    its warps, with a convolution; None where it would spill."""
+    block_n, block_c, block_h, _ = channel_mlp_blocks(samples, hidden, False, itemsize)
+    if block_h > 128:
+        return None
+    return block_n, min(block_c, 16) if block_h > 64 else block_c, block_h
+
+
 def block_whole(hidden: int) -> int:
     """The width of a block that holds a whole hidden layer."""
     return max(next_power_of_2(hidden), _LEAST)
 
 
 def mlp_gate_tile(
-    samples: int, channels: int, positions: int, row_bytes: int, whole_bytes: int
+    samples: int, channels: int, positions: int, hidden: int, row_bytes: int, whole_bytes: int
 ) -> tuple[Tile, int] | None:
     """Of the gate that computes the channel MLP for itself, and into how many parts a program's
-    walk over the positions is cut; None where that reads more again than a launch costs.
+    walk over the positions is cut; None where that reads more again than a launch costs, or where
+    the hidden layer is wider than a program holds without spilling.
 
     Each program reads `whole_bytes`, the first layer and the pooled sample, and `row_bytes` of the
     second layer for each of its channels. Few and large blocks of channels read less again, many
     fill the GPU: the smallest that can be afforded, in as many parts as can be.
     """
+    if hidden > 128:
+        return None
     for block_c in (32, 64, 128):
         block_c = min(block_c, max(next_power_of_2(channels), _LEAST))
         block_p = min(4096 // block_c, max(next_power_of_2(positions), _LEAST))

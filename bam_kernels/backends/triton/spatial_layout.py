@@ -116,7 +116,7 @@ class Map:
 
     @property
     def block_h(self) -> int:
-        return max(configs.next_power_of_2(self.hidden), 16)
+        return configs.block_whole(self.hidden)
 
     @property
     def block_k(self) -> int:

@@ -33,7 +33,7 @@ def machine(threads: int) -> dict[str, Any]:
     info = _cpuinfo()
     flags = info.get("flags", info.get("Features", "")).split()
     return {
-        "cpu": info.get("model name") or platform.processor() or platform.machine(),
+        "cpu": model(),
         "family_model": [info.get("cpu family"), info.get("model")],
         "flags": [flag for flag in _FLAGS if flag in flags],
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
@@ -44,6 +44,11 @@ def machine(threads: int) -> dict[str, Any]:
         "load_average": os.getloadavg(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def model() -> str:
+    """The processor's name."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def _cpuinfo() -> dict[str, str]:
