@@ -7,9 +7,11 @@ asked for by name runs or raises.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 import torch
@@ -173,6 +175,19 @@ def choose_backend(x: Tensor) -> str:
         _raise_if_damaged("cpp", device_type, reason)
     log_once(f"running plain PyTorch on {device_type}: {reason}")
     return "reference"
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether torch.autocast is on where x lies. It knows no "meta", where only shapes are."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Operators compute in the types of their arguments, also where backward is called inside
+    torch.autocast."""
+    if x.device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _raise_if_damaged(backend: str, device_type: str, reason: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bam_kernels import inference, ops, reference, training  # noqa: F401 - importing ops registers the operators
 from bam_kernels.config import check_combine
-from bam_kernels.dispatch import DTYPES, choose_backend, log_once
+from bam_kernels.dispatch import DTYPES, choose_backend, log_once, under_autocast
 from bam_kernels.fusable import (
     has_hooks,
     unfusable,
@@ -134,7 +134,7 @@ def bam(
         log_once(f"running plain PyTorch: {reason}")
         return _plain(x, channel, spatial, combine, residual, observer)
     # Under autocast a module of float32 parameters takes another x: the operator casts.
-    if observer is None and torch.is_autocast_enabled(x.device.type):
+    if observer is None and under_autocast(x):
         arguments = inference.arguments(x, channel, spatial, combine, residual)
         if arguments is not None and (backend == "cpp" or inference.fits_triton(arguments)):
             return torch.ops.bam_kernels.bam(x, *arguments)
@@ -237,7 +237,7 @@ def check_module_input(
             raise ValueError(
                 f"x: expected a tensor on the parameters' device {weight.device}, got {x.device}"
             )
-        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if weight.dtype != x.dtype and not under_autocast(x):
             raise TypeError(
                 f"x: expected the parameters' dtype {weight.dtype} outside of autocast, "
                 f"got {x.dtype}"
@@ -325,6 +325,6 @@ def _as_dtype_of(x: Tensor, t: Tensor, name: str) -> Tensor:
     """t in x's dtype: a cast under autocast, an error outside of it, as torch's own layers do."""
     if t.dtype == x.dtype:
         return t
-    if torch.is_autocast_enabled(x.device.type):
+    if under_autocast(x):
         return t.to(x.dtype)
     raise TypeError(f"{name}: expected x's dtype {x.dtype} outside of autocast, got {t.dtype}")

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from bam_kernels import layout
 from bam_kernels.backends import reference
 from bam_kernels.backends.reference import split_pairs
+from bam_kernels.dispatch import no_autocast, under_autocast
 from bam_kernels.fusable import unfusable_mlp, unfusable_spatial, uses_batch_stats
-from bam_kernels.ops.registry import backend_module, differentiable_backward, no_autocast
+from bam_kernels.ops.registry import backend_module, differentiable_backward
 from bam_kernels.reference import ChannelBranch, SpatialBranch
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -390,7 +391,7 @@ def refine(
     flat = call.flat(weight, bias)
     if any(t is not None and type(t) not in _PLAIN for t in flat):
         return None
-    if torch.is_autocast_enabled(x.device.type):
+    if under_autocast(x):
         with no_autocast(x):
             return _Refine.apply(call, x, *flat)
     return _Refine.apply(call, x, *flat)

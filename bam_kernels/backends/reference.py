@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bam_kernels import layout
 from bam_kernels import reference as oracle
+from bam_kernels.dispatch import no_autocast
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -399,7 +400,7 @@ def spatial_branch_backward(
     biases, project_weight, project_bias, gammas, betas = rest[:5]
     *rest, need_reduced, need_weights = rest[5:]
     named = [reduced, *weights, *biases, project_weight, project_bias, *gammas, *betas]
-    with torch.enable_grad(), torch.autocast(reduced.device.type, enabled=False):
+    with torch.enable_grad(), no_autocast(reduced):
         leaves = [None if t is None else t.detach().requires_grad_() for t in named]
         parts = iter(leaves)
 

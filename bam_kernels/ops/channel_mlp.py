@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from bam_kernels.backends import reference
+from bam_kernels.dispatch import no_autocast
 from bam_kernels.ops.registry import (
     backend_of,
     differentiable_backward,
-    no_autocast,
     register,
     register_autograd,
 )

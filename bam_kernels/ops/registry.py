@@ -54,12 +54,6 @@ def register_autograd(
     )
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
-    """Operators compute in the types of their arguments, also where backward is called inside
-    torch.autocast."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def differentiable_backward(
     forward: Callable[..., Any],
     inputs: Sequence[Any],
@@ -67,7 +61,7 @@ def differentiable_backward(
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """The gradient of a plain composition as a graph; `grads` belong to its outputs, in order."""
-    with torch.enable_grad(), no_autocast(inputs[0]):
+    with torch.enable_grad(), dispatch.no_autocast(inputs[0]):
         # Partial derivatives, by aliases: one input may depend on another (the logits on x), and
         # autograd.grad would follow that path as well.
         inputs = [t.view_as(t) if isinstance(t, Tensor) else t for t in inputs]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bam_kernels.backends import reference
-from bam_kernels.ops.registry import backend_of, no_autocast, register, register_autograd
+from bam_kernels.dispatch import no_autocast
+from bam_kernels.ops.registry import backend_of, register, register_autograd
 
 _TENSORS = (
     "Tensor reduced, Tensor[] weights, Tensor[] biases, Tensor project_weight,"

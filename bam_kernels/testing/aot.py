@@ -33,7 +33,9 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 # Dynamic shared memory one thread block can opt in to, in KiB. Triton compares against this only
 # when it loads a kernel on a device, so a compilation alone never notices an oversized kernel.
-SHARED_LIMITS = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+SHARED_LIMITS = {
+    "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64,
+}  # fmt: skip
 
 UNKNOWN = "?"  # key in `KernelReport.accesses` of accesses that lead back to no parameter
 
@@ -137,13 +139,8 @@ def without_launches(target: str, launched: Callable[[Any], object]) -> Iterator
     """
     if reason := is_available():
         raise RuntimeError(f"cannot compile ahead of time: {reason}")
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    # The `active` property would create the default driver, which fails where there is no GPU.
-    previous_driver = driver._active
-    if isinstance(previous_driver, _FakeDriver):
-        raise RuntimeError("compile_only does not nest")
     original_run = JITFunction.run
 
     @functools.wraps(original_run)
@@ -156,12 +153,27 @@ def without_launches(target: str, launched: Callable[[Any], object]) -> Iterator
         launched(kernel)
         return kernel
 
+    with active_target(target):
+        JITFunction.run = run
+        try:
+            yield
+        finally:
+            JITFunction.run = original_run
+
+
+@contextmanager
+def active_target(target: str) -> Iterator[None]:
+    """Have Triton believe in a GPU of this kind. Nothing can be launched on it."""
+    from triton.runtime import driver
+
+    # The `active` property would create the default driver, which fails where there is no GPU.
+    previous_driver = driver._active
+    if isinstance(previous_driver, _FakeDriver):
+        raise RuntimeError("compile_only does not nest")
     driver.set_active(_FakeDriver(target))
-    JITFunction.run = run
     try:
         yield
     finally:
-        JITFunction.run = original_run
         driver.set_active(previous_driver)
 
 

@@ -123,12 +123,12 @@ class Traffic:
     def passes(self, reference: torch.Tensor) -> float:
         """Bytes moved through tensors of at least half of ``reference``'s bytes, over its bytes."""
         moved = sum(event.read_bytes + event.written_bytes for event in self.events)
-        return (moved - self.small_bytes(reference)) / _storage_bytes(reference)
+        return (moved - self.small_bytes(reference)) / storage_bytes(reference)
 
     def small_bytes(self, reference: torch.Tensor) -> int:
         """Bytes moved through tensors of less than half of ``reference``'s bytes."""
         tensors = [tensor for event in self.events for tensor in event.tensors.values()]
-        small = [t for t in tensors if 2 * t.storage_bytes < _storage_bytes(reference)]
+        small = [t for t in tensors if 2 * t.storage_bytes < storage_bytes(reference)]
         return sum(t.read_bytes + t.written_bytes for t in small)
 
     def table(self) -> str:
@@ -158,7 +158,7 @@ def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
     return 0 if 0 in shape else 1 + steps
 
 
-def _storage_bytes(tensor: torch.Tensor) -> int:
+def storage_bytes(tensor: torch.Tensor) -> int:
     """Bytes that the tensor's elements occupy, expanded dimensions counted once."""
     shape, strides = tensor.shape, tensor.stride()
     elements = math.prod(n for n, step in zip(shape, strides, strict=True) if step or not n)
@@ -181,7 +181,7 @@ class _Region:
         self.name, self.base, self.unit = name, tensor.data_ptr(), tensor.element_size()
         layout = tuple(tensor.shape), tuple(tensor.stride())
         self.extent = _extent(*layout) * self.unit
-        self.sizes = tensor.nbytes, _storage_bytes(tensor)
+        self.sizes = tensor.nbytes, storage_bytes(tensor)
         self.members = _members(*layout)
         self.counts = {"read": 0, "write": 0}
         self.seen = {kind: np.zeros(self.extent // self.unit, bool) for kind in self.counts}
@@ -278,7 +278,7 @@ def _operator(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> li
         return []
     moved = {}
     for key, tensor in (reads | writes).items():
-        size = _storage_bytes(tensor)
+        size = storage_bytes(tensor)
         both = size * (key in reads), size * (key in writes)
         moved[str(len(moved))] = TensorTraffic(*both, *both, tensor.nbytes, size)
     return [Operator(str(func), moved)]
@@ -289,8 +289,8 @@ def _tensors(value: Any) -> dict[tuple[Any, ...], torch.Tensor]:
     return {(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()): t for t in found}
 
 
-class _Recorder(TorchDispatchMode):
-    """Collects the operators, and the launches that the patched interpreter reports."""
+class Recorder(TorchDispatchMode):
+    """Collects the operators, and the launches that a patched runtime reports."""
 
     supports_higher_order_operators = True
 
@@ -315,8 +315,9 @@ class _Recorder(TorchDispatchMode):
             result = func(*args, **kwargs)
             self.traffic.events += _operator(func, args, kwargs, result)
             return result
-        on_cpu = all(tensor.is_cpu for tensor in _tensors((args, kwargs)).values())
-        if not on_cpu or not c._dispatch_has_computed_kernel_for_dispatch_key(name, "CPU"):
+        # Of meta tensors too, so that the launchers run and not the fakes (`testing.dry_run`).
+        here = all(t.is_cpu or t.is_meta for t in _tensors((args, kwargs)).values())
+        if not here or not c._dispatch_has_computed_kernel_for_dispatch_key(name, "CPU"):
             return func(*args, **kwargs)
         # The mode is off in here. Calling func with it on again would come straight back, so go to
         # the kernel below the mode's own dispatch key.
@@ -324,7 +325,7 @@ class _Recorder(TorchDispatchMode):
             return func.redispatch(c.DispatchKeySet(c.DispatchKey.CPU), *args, **kwargs)
 
 
-def _patches(recorder: _Recorder) -> list[tuple[type, str, Callable[..., Any]]]:
+def _patches(recorder: Recorder) -> list[tuple[type, str, Callable[..., Any]]]:
     """(class, attribute, replacement) for the interpreter's launch and its memory operations."""
     from triton.runtime import interpreter
 
@@ -394,7 +395,7 @@ def measure(strict: bool = False) -> Iterator[Traffic]:
             "measure() needs Triton's interpreter: set the environment variable TRITON_INTERPRET=1 "
             "before triton is first imported, and use CPU tensors"
         )
-    recorder = _Recorder()
+    recorder = Recorder()
     with contextlib.ExitStack() as undo:
         for patch in _patches(recorder):
             undo.enter_context(mock.patch.object(*patch))

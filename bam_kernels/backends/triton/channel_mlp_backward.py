@@ -311,7 +311,7 @@ def channel_mlp_backward(
             dlogits.contiguous(),
             kept,
             weight1.contiguous(),
-            dense(bias1),
+            dense(bias1) if norm else None,
             *hidden_vectors,
             dense(gamma),
             None if batch_stats else dense(mean),

@@ -210,7 +210,7 @@ def input_gradient(
     with device_guard(x):
         _input_gradient_kernel[(channel_blocks * splits, hidden_blocks if need_dweight else 1)](
             dout,
-            x,
+            x if need_dweight else None,
             None if channel is None or dout is None else channel.contiguous(),
             None if spatial is None or dout is None else spatial.contiguous(),
             None if dpooled is None else dpooled.contiguous(),

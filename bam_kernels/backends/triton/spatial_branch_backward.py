@@ -291,7 +291,8 @@ def spatial_branch_backward(
             launch_conv_backward(
                 m, du, maps[i + 1], settled, dtaken[i + 1], hidden[i + 1], weights[i], maps[i],
                 hidden[i], dsource, source_sums,
-                None if dconvs is None else dconvs[:, i * length :], tiles_per_split, splits,
+                None if dconvs is None else dconvs[:, i * length : (i + 1) * length],
+                tiles_per_split, splits,
                 dilation,
             )  # fmt: skip
             du, sums = dsource, source_sums
@@ -326,7 +327,7 @@ def _norm_backward(
     del known["beta"]
     _norm_backward_kernel[(m.count if need_dz else 1,)](
         du,
-        z,
+        z if norm.batch_stats else None,
         dz if need_dz else None,
         settled.data,
         dnorm,

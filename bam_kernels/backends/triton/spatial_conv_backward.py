@@ -379,7 +379,7 @@ def launch_conv_backward(
     # With neither, a program is left that finishes the norm's own gradients.
     _dilated_conv_backward_kernel[(max(1, data_programs + weight_programs),)](
         du,
-        z,
+        z if norm is not None and norm.batch_stats else None,
         None if sums is None else sums.data,
         dnorm,
         weight=weight,
