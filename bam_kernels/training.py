@@ -345,7 +345,7 @@ def _spatial_gradients(
     dreduced, *packed = call.backend.spatial_branch_backward(
         dlogits, statistics, reduced, *spatial, *options, need_reduced, need_convs
     )
-    found = reference.split_spatial_gradients(*packed, len(spatial[0]), *options[:2])
+    found = reference.split_spatial_gradients(*packed, spatial[4], len(spatial[0]), *options[:2])
     absent = [None if n is None else [None] * n for n in call.lengths]
     # No list where none was asked for, and none where there are no such tensors.
     grads = [

@@ -321,6 +321,7 @@ def split_spatial_gradients(
     dconvs: Tensor,
     dprojection: Tensor,
     dnorms: Tensor,
+    gammas: list[Tensor],
     convolutions: int,
     hidden_norm: bool,
     norm: bool,
@@ -329,9 +330,12 @@ def split_spatial_gradients(
     convolutions' weights (flat) and biases, of the projection's weight and bias, of the norms'
     scales and shifts.
 
-    The convolutions' are empty lists where they were not asked for.
+    The convolutions' are empty lists where they were not asked for. The norms' come in the first
+    scale's dtype: a cast of all together is one launch.
     """
     hidden = dprojection.numel() - 1
+    if gammas:
+        dnorms = dnorms.to(gammas[0].dtype)
     rows = dconvs.view(convolutions, -1).unbind() if dconvs.numel() > 0 else ()
     pairs = split_pairs(dnorms, norm_widths(hidden, convolutions, hidden_norm, norm))
     return (

@@ -117,7 +117,7 @@ def _backward(ctx, dlogits, _):
     dreduced, *packed = torch.ops.bam_kernels.spatial_branch_backward(
         dlogits, statistics, *inputs, *ctx.options, needs[0], need_convs
     )
-    grads = reference.split_spatial_gradients(*packed, len(inputs[1]), *ctx.options[:2])
+    grads = reference.split_spatial_gradients(*packed, inputs[5], len(inputs[1]), *ctx.options[:2])
     found = [dreduced, *grads]
     return (
         *(_where(*each) for each in zip(needs, found, inputs[:7], strict=True)),

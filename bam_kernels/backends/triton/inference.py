@@ -174,12 +174,15 @@ def _logits(x: Tensor, module: Module, parts: Parts) -> tuple[Tensor | None, Ten
         x.dtype, h * w, hidden, parts.channels_last, conv_precision(x.dtype)
     )
     m = Map(n, h, w, hidden, parts.channels_last, x.dtype, x.device, tile)
-    mlp = _mlp(x, module, parts) if module.channel and module.convs else None
+    beside = bool(module.channel and module.convs)
+    mlp = _mlp(x, module, parts) if beside else None
     parts = whole(
         x, parts, hidden, module.reduce.bias,
         pooled=mlp is None,
         reduced=not module.convs or not configs.reads_again(_taps_bytes(m, parts)),
     )  # fmt: skip
+    if beside and mlp is None:
+        mlp = _mlp(x, module, parts)  # which no longer has to add up parts
     logits = m.workspace(n, 1, h, w)
     channel = None if mlp is None else mlp.logits
     if module.channel and mlp is None:
