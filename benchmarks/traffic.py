@@ -16,7 +16,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -27,7 +26,9 @@ import torch  # noqa: E402
 
 import bam_kernels  # noqa: E402
 from bam_kernels.backends.triton import configs  # noqa: E402
+from bam_kernels.benchmarking.cpu.memory import torch_peak  # noqa: E402
 from bam_kernels.benchmarking.results import traffic_markdown as markdown  # noqa: E402
+from bam_kernels.benchmarking.saved import saved_bytes  # noqa: E402
 from bam_kernels.testing.traffic import measure  # noqa: E402
 
 SHAPES = ((2, 256, 56, 56), (4, 512, 28, 28), (4, 1024, 14, 14))  # ResNet-50's three bottlenecks
@@ -43,25 +44,15 @@ def count(
     module = package.BAM(shape[1], preset=preset)
     x = torch.randn(shape).contiguous(memory_format=fmt).requires_grad_()
     dout = torch.randn_like(x)
-    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters | {x.untyped_storage().data_ptr()}:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with (
-        measure(strict=True) as forward,
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-    ):
+    kept = saved_bytes(module, x, module)
+    with measure(strict=True) as forward:
         out = module(x)
     with measure(strict=True) as backward:
         out.backward(dout)
     del out
     x.grad = None
-    peak = peak_bytes(lambda: module(x).backward(dout))
+    gc.collect()
+    peak = torch_peak(lambda: module(x).backward(dout))
     module.eval()
     with torch.no_grad(), measure(strict=True) as inference:
         module(x)
@@ -74,25 +65,10 @@ def count(
         "layout": "channels_last" if fmt is torch.channels_last else "nchw",
         "passes": {name: round(meter.passes(x), 3) for name, meter in meters.items()},
         "launches": {name: meter.device_launches for name, meter in meters.items()},
-        "kept_for_backward": round(sum(kept.values()) / size, 3),
+        "kept_for_backward": round(kept / size, 3),
         "peak": round(peak / size, 3),
         "outside_bytes": sum(meter.outside_bytes for meter in meters.values()),
     }
-
-
-def peak_bytes(step: Callable[[], None]) -> int:
-    """The most bytes that torch had allocated at once during `step`, beyond what was there."""
-    gc.collect()
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    now = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
 
 
 def commit() -> str:

@@ -6,12 +6,12 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bam_kernels.cli.output import FAILED, error, shape_of
+from bam_kernels.cli import arguments
+from bam_kernels.cli.output import FAILED, error
 
 if TYPE_CHECKING:
     from bam_kernels.benchmarking.cpu.run import Options
@@ -33,16 +33,22 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "that could be timed.",
     )
     add = bench.add_argument
-    add("--sites", nargs="+", type=_site, metavar="NxCxHxW", help="shapes of x (default: --list)")
+    add(
+        "--sites",
+        nargs="+",
+        type=arguments.site,
+        metavar="NxCxHxW",
+        help="shapes of x (default: --list)",
+    )
     add("--dtype", nargs="+", choices=("float32", "bfloat16"),
         help="of x and the parameters (default: float32)")  # fmt: skip
     add("--mode", nargs="+", choices=("inference", "training"), help="what to time (default: both)")
     add("--presets", nargs="+", choices=("paper", "official"), help="of the module (default: all)")
     add("--peers", nargs="+", choices=("eager", "compile", "onnxruntime", "openvino"),
         help="whom to time beside ours (default: all that are installed)")  # fmt: skip
-    add("--threads", type=_positive, help="threads of every side (default: 2)")
-    add("--rounds", type=_positive, help="times taken of each side (default: 8)")
-    add("--least-ms", type=_positive, help="a time's least duration (default: 20)")
+    add("--threads", type=arguments.positive, help="threads of every side (default: 2)")
+    add("--rounds", type=arguments.positive, help="times taken of each side (default: 8)")
+    add("--least-ms", type=arguments.positive, help="a time's least duration (default: 20)")
     add("--backend", choices=("cpp", "reference"),
         help="what ours runs on; reference tries the benchmark itself (default: cpp)")  # fmt: skip
     size = bench.add_mutually_exclusive_group()
@@ -55,21 +61,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--check", action="store_true", help="judge the bars; exit status 1 if one is missed")
     add("--list", action="store_true", help="say what would run, and which peers are there")
     bench.set_defaults(run=_bench)
-
-
-def _site(text: str) -> tuple[int, int, int, int]:
-    size = shape_of(text)
-    if size is None or size[1] < 16:
-        raise argparse.ArgumentTypeError(
-            f"expected NxCxHxW with C of at least 16, such as 8x256x56x56, got {text!r}"
-        )
-    return size
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -91,15 +82,10 @@ def _bench(args: argparse.Namespace) -> int:
     for package in ("rich", *(("matplotlib",) if args.plot is not None else ())):
         if importlib.util.find_spec(package) is None:
             return error("bench", f"{package} is not installed; pip install 'bam_kernels[bench]'")
-    for name in ("json", "plot"):
-        path = getattr(args, name)
-        if path is not None and not path.resolve().parent.is_dir():
-            return error("bench", f"--{name}: no such folder: {path.resolve().parent}")
-        if path is not None and path.is_dir():
-            return error("bench", f"--{name}: expected a file, got the folder {path}")
-        if path is not None and not os.access(path.resolve().parent, os.W_OK):
-            return error("bench", f"--{name}: the folder {path.resolve().parent} is not writable")
-
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        problem = arguments.unwritable(option, path)
+        if problem is not None:
+            return error("bench", problem)
     if args.plot is not None and args.plot.suffix.lower() != ".png":
         return error("bench", f"--plot: expected a name that ends in .png, got {args.plot}")
 

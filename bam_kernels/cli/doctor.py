@@ -7,7 +7,8 @@ import json
 import textwrap
 from typing import Any
 
-from bam_kernels.cli.output import error, print_table, say, shape_of
+from bam_kernels.cli.arguments import shape_of
+from bam_kernels.cli.output import error, print_table, say
 
 _SHAPE = (2, 256, 14, 14)
 _DTYPES = ("float32", "float64", "float16", "bfloat16")

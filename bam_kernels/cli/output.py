@@ -1,4 +1,4 @@
-"""What all commands share: shapes read; progress and errors on stderr, tables on stdout."""
+"""What all commands share: progress and errors on stderr, tables on stdout."""
 
 from __future__ import annotations
 
@@ -12,15 +12,6 @@ FAILED = 1
 
 USAGE_ERROR = 2
 """Exit status of bad arguments, and where something is missing."""
-
-
-def shape_of(text: str) -> tuple[int, int, int, int] | None:
-    """``NxCxHxW`` as numbers, each 1 or more; None where it is no such text."""
-    parts = text.split("x")
-    if len(parts) != 4 or not all(p.isascii() and p.isdigit() and int(p) for p in parts):
-        return None
-    n, c, h, w = map(int, parts)
-    return n, c, h, w
 
 
 def say(text: str) -> None:
@@ -49,8 +40,13 @@ def progress(steps: int) -> Iterator[Callable[[str], None]]:
         yield lambda text: bar.update(task, advance=1, description=text)
 
 
-def print_table(title: str, header: Sequence[str], groups: Sequence[list[list[str]]]) -> None:
-    """A table with a rule between the groups; with rich, drawn, else aligned text."""
+def print_table(
+    title: str, header: Sequence[str], groups: Sequence[list[list[str]]], width: int = 120
+) -> None:
+    """A table with a rule between the groups; with rich, drawn, else aligned text.
+
+    `width` is that of a file or a pipe, which have none to fold cells to.
+    """
     numeric = [
         all(_is_number(row[i]) for rows in groups for row in rows) for i in range(len(header))
     ]
@@ -62,7 +58,7 @@ def print_table(title: str, header: Sequence[str], groups: Sequence[list[list[st
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)  # a file or a pipe has no width to fold cells to
+        console = Console(width=width)
     table = Table(title=title, title_justify="left", title_style="bold")
     for name, right in zip(header, numeric, strict=True):
         table.add_column(name, justify="right" if right else "left", overflow="fold")

@@ -303,7 +303,7 @@ def _spatial_branch(itemsize: int, hidden: int, channels_last: bool, precision: 
     if hidden > 32:
         return Tile(0, 16, 4, 1)
     if hidden > 16:
-        return Tile(0, 64, 8, 1, registers=None if channels_last else 128)
+        return Tile(0, 64, 8, 1, registers=None if channels_last else 192)
     return Tile(0, 128, 4, 1)
 
 

@@ -24,6 +24,7 @@ from bam_kernels.backends.triton.launch import (
     device_guard,
     units,
     walk,
+    warps,
 )
 from bam_kernels.backends.triton.sum_splits import Job, sum_splits
 
@@ -239,7 +240,7 @@ def input_gradient(
             BLOCK_P=t.block_p,
             BLOCK_H=block_h,
             HIDDEN_BLOCKS=hidden_blocks,
-            num_warps=t.num_warps,
+            num_warps=warps(t.num_warps),
             num_stages=t.num_stages,
         )
         jobs = []

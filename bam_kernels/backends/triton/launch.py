@@ -133,6 +133,14 @@ def registers(most: int, num_warps: int) -> dict[str, int]:
     return {"maxnreg": min(most, 65536 // (32 * num_warps))}
 
 
+def warps(count: int) -> int:
+    """`count` warps of 32 threads as the GPU's own: on AMD's a warp is 64 threads, and a block of
+    more than 512 threads has so few registers a thread that kernels which hold much spill."""
+    if env.triton_interpret() or _backend(driver.active) != "hip":
+        return count
+    return max(1, count // 2)
+
+
 @functools.lru_cache(maxsize=8)
 def _backend(active: object) -> str:
     return active.get_current_target().backend
