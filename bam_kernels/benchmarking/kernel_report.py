@@ -9,15 +9,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bam_kernels.benchmarking.cost import case_of
 from bam_kernels.benchmarking.occupancy import occupancy
 from bam_kernels.benchmarking.sites import INFERENCE, TRAINING, Case
 from bam_kernels.testing.aot import KernelReport
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bam_kernels.testing.traffic import Launch
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -95,18 +100,50 @@ def problems(report: KernelReport) -> list[str]:
     return found
 
 
-def compile_case(target: str, case: Case) -> list[Compiled]:
-    """Compile every launch of a case, in order.
+def compile_module(target: str, module: nn.Module, x: Tensor) -> list[tuple[str, Any, Launch]]:
+    """Compile every launch of a module: a training step where x requires a gradient, else an
+    inference.
+
+    Args:
+        target: "sm_90", "gfx942", ...
+        module: on the "meta" device.
+        x: its input, there too.
+
+    Returns:
+        (phase, the compiler's report, what it moves) of each launch, in order.
 
     Raises:
         RuntimeError: Triton interprets kernels in this process, or cannot compile.
-        ValueError: an unknown target, or a training step of one sample.
+        ValueError: an unknown target.
     """
     import torch
 
-    import bam_kernels
     from bam_kernels.testing.aot import compile_only
     from bam_kernels.testing.dry_run import dry_run
+
+    found: list[tuple[str, Any, Launch]] = []
+
+    def launched(phase: str, call: Callable[[], Any]) -> Any:
+        with compile_only(target) as reports, dry_run(compiled=True) as traffic:
+            result = call()
+        pairs = zip(reports, traffic.launches, strict=True)
+        found.extend((phase, report, launch) for report, launch in pairs)
+        return result
+
+    if not x.requires_grad:
+        with torch.no_grad():
+            launched(INFERENCE, lambda: module(x))
+        return found
+    out = launched("forward", lambda: module(x))
+    launched("backward", lambda: out.backward(torch.empty_like(out)))
+    return found
+
+
+def compile_case(target: str, case: Case) -> list[Compiled]:
+    """Compile every launch of a case, in order; errors as of `compile_module`."""
+    import torch
+
+    import bam_kernels
 
     shape, training = case.shape, case.mode == TRAINING
     module = bam_kernels.BAM(
@@ -114,20 +151,10 @@ def compile_case(target: str, case: Case) -> list[Compiled]:
     ).train(training)
     x = torch.empty(shape.size, dtype=shape.torch_dtype, device="meta")
     x = x.to(memory_format=shape.memory_format).requires_grad_(training)
-    found: list[Compiled] = []
-
-    def launched(phase: str, call: Any) -> Any:
-        with compile_only(target) as reports, dry_run(compiled=True) as traffic:
-            result = call()
-        for report, launch in zip(reports, traffic.launches, strict=True):
-            found.append(Compiled(case, phase, report, launch.read_bytes, launch.written_bytes))
-        return result
-
-    with torch.set_grad_enabled(training):
-        out = launched("forward" if training else INFERENCE, lambda: module(x))
-    if training:
-        launched("backward", lambda: out.backward(torch.empty_like(out)))
-    return found
+    return [
+        Compiled(case, phase, report, launch.read_bytes, launch.written_bytes)
+        for phase, report, launch in compile_module(target, module, x)
+    ]
 
 
 def compile_all(

@@ -241,15 +241,15 @@ _PEERS = {
 }
 
 
-def gpu_markdown(data: Mapping[str, Any]) -> str:
-    """A line a case of the GPU run, times in ms: plain calls, then CUDA graphs.
+def gpu_rows(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The header and a line a case of the GPU run, times in ms: plain calls, then CUDA graphs.
 
     A ratio is the best peer's time over ours, above 1 where ours is the faster. The share is of the
     bandwidth that a large copy reaches, for the bytes that the fused module cannot do without.
     """
-    names = ("mode", "preset", "dtype", "layout", "site", *_PEERS.values())
-    names += ("ratio", "ratio, graph", "share of copy")
-    lines = [names, ["---"] * len(names)]
+    header = ["mode", "preset", "dtype", "layout", "site", *_PEERS.values()]
+    header += ["ratio", "ratio, graph", "share of copy"]
+    rows = []
     for entry in data["cases"]:
         case = entry["case"]
         site = "x".join(str(case[key]) for key in ("batch", "channels", "height", "width"))
@@ -259,7 +259,14 @@ def gpu_markdown(data: Mapping[str, Any]) -> str:
         cells += [_cell(entry.get(f"ratio_{kind}"), 2) for kind in ("plain", "graphed")]
         shares = entry.get("share_of_copy") or {}
         cells.append(_cell(shares.get("fused_graphed", shares.get("fused")), 2))
-        lines.append(cells)
+        rows.append(cells)
+    return header, rows
+
+
+def gpu_markdown(data: Mapping[str, Any]) -> str:
+    """`gpu_rows` in Markdown."""
+    header, rows = gpu_rows(data)
+    lines = [header, ["---"] * len(header), *rows]
     found = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{NOT_MEASURED}\n\n{found}" if data.get("not_a_measurement") else found
 

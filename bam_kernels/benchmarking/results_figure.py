@@ -33,7 +33,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     Raises:
         ImportError: there is no matplotlib.
     """
-    panels = {"cpu": cpu_panels, "gpu": _gpu, "traffic": _traffic}[results.kind](results.data)
+    panels = {"cpu": cpu_panels, "gpu": gpu_panels, "traffic": _traffic}[results.kind](results.data)
     written = []
     for preset, found in panels.items():
         path = folder / f"{results.path.stem}-{preset}.png"
@@ -61,7 +61,7 @@ def cpu_panels(data: Mapping[str, Any]) -> dict[str, dict[str, Groups]]:
     return found
 
 
-def _gpu(data: Mapping[str, Any]) -> dict[str, dict[str, Groups]]:
+def gpu_panels(data: Mapping[str, Any]) -> dict[str, dict[str, Groups]]:
     """Plain calls against plain calls, CUDA graphs against CUDA graphs."""
     found: dict[str, dict[str, Any]] = {}
     for entry in data["cases"]:

@@ -57,6 +57,22 @@ def measure_copy(size_bytes: int, sets: int, settings: Settings) -> dict[str, An
     return {"bytes": size_bytes, "buffer_pairs": sets, **found}
 
 
+def matmul_gflops(dtype: str, settings: Settings) -> float:
+    """The rate of a large square matrix product, in 10^9 FLOP/s: 2 n^3 FLOPs; float32 as torch's
+    settings have it, with TF32 or without."""
+    n = 64 if settings.dry else 8192
+    a, b = (normal((n, n), getattr(torch, dtype), settings.device) for _ in range(2))
+    out = torch.empty_like(a)
+    found = interleave(
+        {"matmul": Peer(lambda: torch.mm(a, b, out=out))},
+        clock(settings.device),
+        rounds=settings.rounds,
+        warmups=settings.warmups,
+        least_ms=settings.least_ms,
+    )["matmul"]
+    return 2 * n**3 / found["median_ms"] / 1e6
+
+
 def run_bandwidth(
     shapes: list[Shape], settings: Settings, section: Section, report: Report
 ) -> float | None:
