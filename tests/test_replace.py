@@ -71,12 +71,14 @@ def run(model: nn.Module, x: Tensor, train: bool) -> dict[str, Tensor]:
     return found | {f"b{id(b)}": b.clone() for b in model.buffers()}
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=("float32", "float64"))
 @pytest.mark.parametrize("train", (False, True), ids=("eval", "train"))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CLIENTS)
-def test_the_numbers_are_the_clients(name, backend, train):
+def test_the_numbers_are_the_clients(name, backend, train, dtype):
     """The same model and the same weights, before and after."""
     model, x = network(name)
+    model, x = model.to(dtype), x.to(dtype)
     buffers = {id(b): b.clone() for b in model.buffers()}
     want = run(model, x, train)
     for b in model.buffers():
@@ -88,20 +90,23 @@ def test_the_numbers_are_the_clients(name, backend, train):
         got = run(model, x, train)
         assert name == "official_wide" or explain(model[1], model[0](x)).backend == backend
     assert got.keys() == want.keys()
-    assert relative_error(got["out"], want["out"]) < 1e-6
-    largest = max(v.norm().item() for k, v in want.items() if k.startswith("d"))
-    compared = 0
+    fine = 1e-6 if dtype == torch.float32 else 1e-12
+    assert relative_error(got["out"], want["out"]) < fine
+    assert relative_error(got["dx"], want["dx"]) < 10 * fine
+    grads = [key for key in want if key.startswith("d") and key != "dx"]
+    assert relative_error(*(torch.cat([f[k].flatten() for k in grads]) for f in (got, want))) < (
+        10 * fine
+    )
     for key, value in want.items():
-        if not value.is_floating_point():
-            assert torch.equal(got[key], value)
-        elif key.startswith("d"):
-            # What is zero but for rounding, a bias before batch statistics, has no relative error.
-            difference = (got[key] - value).norm().item()
-            assert difference < 1e-5 * max(value.norm().item(), 1e-2 * largest)
-            compared += value.norm().item() > 1e-3 * largest
-        else:
-            assert torch.allclose(got[key], value, rtol=1e-5, atol=1e-6)
-    assert compared > 6
+        if key.startswith("b"):
+            tolerance = {"rtol": 10 * fine, "atol": fine} if value.is_floating_point() else {}
+            torch.testing.assert_close(got[key], value, **(tolerance or {"rtol": 0, "atol": 0}))
+    if dtype == torch.float64:
+        # Each by itself; what is zero but for rounding, a bias before batch statistics, left out.
+        kept = [key for key in grads if want[key].norm() > 1e-9 * want["dx"].norm()]
+        assert len(kept) > len(grads) / 2
+        for key in kept:
+            assert relative_error(got[key], want[key]) < 1e-5
 
 
 def test_a_second_call_and_strip_find_the_same_parameters():
@@ -360,20 +365,20 @@ def test_a_fork_that_pools_globally_is_known_by_what_it_computes(recwarn, monkey
 
 def test_what_the_authors_pooling_becomes(monkeypatch):
     monkeypatch.setattr("bam_kernels.modules._warned", False)
-    made = randomize(clients.OfficialBAM(32)).eval()
-    wide = torch.randn(2, 32, 6, 9)
+    made = randomize(clients.OfficialBAM(96, 4)).eval()
+    wide = torch.randn(2, 96, 6, 9)
     report = replace_bam(made)
     assert "pool='square'" in report.replaced[0].note and report.replaced[0].note in str(report)
     exact = replace_bam(made, pool="square").model
     assert exact.config.pool == "square"
     with torch.no_grad():
-        report.model(torch.randn(2, 32, 6, 6))
+        report.model(torch.randn(2, 96, 6, 6))
         with pytest.warns(UserWarning, match="6x9"):
             ours = report.model(wide)
         assert relative_error(exact(wide), made(wide)) < 1e-6
         assert relative_error(ours, made(wide)) > 1e-4
         for size in ((9, 6), (6, 12)):
-            x = torch.randn(2, 32, *size)
+            x = torch.randn(2, 96, *size)
             with pytest.raises(RuntimeError):
                 made(x)
             with pytest.raises(ValueError, match="H <= W < 2 H"):
@@ -383,19 +388,27 @@ def test_what_the_authors_pooling_becomes(monkeypatch):
 # --- a whole network --------------------------------------------------------------------------
 
 
-def test_pytorchcvs_bam_resnet50():
-    """Logits, keys, and one step of SGD, before and after."""
+def bam_resnet50() -> nn.Module:
+    """pytorchcv's, with random norms and biases; and a module that is called BAM and is none."""
     model = calm_norms(model_provider.get_model("bam_resnet50", num_classes=10))
+    model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # its own is made for 224 x 224
+    model.add_module("unrelated", clients.PyramidBAM(10))
     with torch.no_grad():
         for bam in (m for m in model.modules() if isinstance(m, bamresnet.BamBlock)):
             for name, p in bam.named_parameters():
                 if name.endswith("bias"):  # those of convolutions are zero at first
                     p.normal_(std=0.2)
-    model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # its own is made for 224 x 224
-    unrelated = clients.PyramidBAM(10)
-    model.add_module("unrelated", unrelated)
-    twin, x = copy.deepcopy(model), torch.randn(3, 3, 64, 96)
-    keys = list(model.state_dict())
+    return model
+
+
+def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
+    return {k: relative_error(a[k], v) for k, v in b.items() if v.is_floating_point()}
+
+
+def test_pytorchcvs_bam_resnet50():
+    """Logits, keys, and a step of SGD, before and after."""
+    model, x = bam_resnet50(), torch.randn(3, 3, 64, 96)
+    twin, unrelated, keys = copy.deepcopy(model), model.unrelated, list(model.state_dict())
     report = replace_bam(model)
     assert [r.client for r in report.replaced] == ["pytorchcv"] * 3
     assert [x.names for x in report.left_alone] == [("unrelated",)]
@@ -404,24 +417,27 @@ def test_pytorchcvs_bam_resnet50():
         logits = relative_error(model.eval()(x), twin.eval()(x))
     print(f"logits: {logits:.1e}")
     assert logits < 1e-5
+
     back = convert_state_dict(model.state_dict(), "bam_kernels", "pytorchcv")
     assert sorted(back) == sorted(keys)
     assert all(torch.equal(back[key], value) for key, value in twin.state_dict().items())
     forth = convert_state_dict(twin.state_dict(), "pytorchcv", "bam_kernels")
-    assert not any(model.load_state_dict(forth))
+    assert sorted(forth) == sorted(model.state_dict())
+    model.load_state_dict(forth)
+
+    # In float64: in float32 what two convolutions round otherwise grows on the way back to the
+    # stem, and is 1e-6 of its weights after a step that changes them by 1e-2.
     for net in (model, twin):
+        net.double().train()
         optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
-        net.train()
-        net(x).logsumexp(1).mean().backward()
+        net(x.double()).logsumexp(1).mean().backward()
         optimizer.step()
     after = convert_state_dict(model.state_dict(), "bam_kernels", "pytorchcv")
-    worst = max(
-        relative_error(after[key], value)
-        for key, value in twin.state_dict().items()
-        if value.is_floating_point() and value.norm() > 0
-    )
-    print(f"weights after a step: {worst:.1e}")
-    assert worst < 1e-6
+    worst = max(differences(after, twin.state_dict()).values())
+    moved = differences(twin.state_dict(), {k: v.double() for k, v in back.items()})
+    moved = [v for k, v in moved.items() if "bam.sp_att" in k and k.endswith("conv.weight")]
+    print(f"after a step: {worst:.1e}, of weights in BAM that moved by {min(moved):.1e} and more")
+    assert worst < 1e-6 and worst < 1e-3 * min(moved)
 
 
 def test_what_replaced_modules_go_on_to():
