@@ -425,8 +425,8 @@ def test_pytorchcvs_bam_resnet50():
     assert sorted(forth) == sorted(model.state_dict())
     model.load_state_dict(forth)
 
-    # In float64: in float32 what two convolutions round otherwise grows on the way back to the
-    # stem, and is 1e-6 of its weights after a step that changes them by 1e-2.
+    # In float64: in float32 what is rounded otherwise grows on the way back through 16 residual
+    # blocks with batch statistics, to some 1e-6 of the stem's weights.
     for net in (model, twin):
         net.double().train()
         optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)

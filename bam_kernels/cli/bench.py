@@ -106,7 +106,7 @@ def _bench(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from bam_kernels.benchmarking.cpu import peers, report, run
-    from bam_kernels.benchmarking.files import replacing
+    from bam_kernels.files import replacing
 
     options, out = _options(args), Console(width=None if sys.stdout.isatty() else _WIDTH)
     if args.list:

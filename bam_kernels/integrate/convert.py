@@ -116,7 +116,7 @@ def prefixes(state_dict: Mapping[str, Any], client: Client) -> list[str]:
     lengths = {name.count(".") + 1 for name in names}
     seen: dict[str, set[str]] = {}
     for key in state_dict:
-        parts = key.split(".")[:-1]
+        parts = key.split(".")[:-1] if isinstance(key, str) else []
         for length in lengths:
             name = ".".join(parts[-length:])
             if len(parts) >= length and name in names:
