@@ -62,7 +62,7 @@ def _warn_unless_square(x: Tensor) -> None:
         f"{h}x{h}, which differs where H != W. pool='square' does as theirs, pool='global' is "
         "without this warning",
         UserWarning,
-        stacklevel=4,  # from the module's call
+        stacklevel=5,  # where the module is called, past torch's two frames
     )
 
 

@@ -223,114 +223,43 @@ def test_one_module_in_two_places_attributes_and_the_model_itself():
     assert {id(p) for p in root.parameters()} == {id(p) for p in report.model.parameters()}
 
 
-# --- what is left alone -----------------------------------------------------------------------
+def test_norms_of_other_kinds_and_of_several_processes():
+    """SyncBatchNorm, which runs on no CPU once there are processes; norms without parameters."""
+    made = clients.pytorchcv_bam(32)
+    made.ch_att.init_fc.bn = nn.BatchNorm1d(2, affine=False, track_running_stats=False)
+    model = nn.Sequential(made, nn.SyncBatchNorm.convert_sync_batchnorm(clients.pytorchcv_bam(32)))
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for part in model.modules():
+            if isinstance(part, nn.SyncBatchNorm):
+                part.process_group = torch.distributed.group.WORLD
+        with pytest.raises(ValueError, match="SyncBatchNorm"):
+            model[1](torch.randn(2, 32, 5, 7))
+        report = replace_bam(model)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [r.names for r in report.replaced] == [("0",), ("1",)]
+    assert type(model[1].spatial.hidden_norm[2]) is nn.SyncBatchNorm
+    assert type(model[0].channel.hidden_norm[0]) is nn.BatchNorm1d
 
 
-class Louder(clients.OfficialBAM):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class Renamed(clients.OfficialBAM):
-    """A subclass that adds nothing to the forward."""
-
-
-def with_own_forward() -> nn.Module:
-    made = clients.Changzy00BAM(32)
-    made.forward = lambda x: x
-    return made
-
-
-def with_activation() -> nn.Module:
-    made = clients.OfficialBAM(32)
-    made.channel_att.gate_activation = torch.tanh
-    made.channel_att.pooling = lambda x: torch.tanh(clients.square_windows(x))
-    return made
-
-
-def with_inner_hook() -> nn.Module:
-    made = clients.OfficialBAM(32)
-    made.channel_att.register_forward_hook(lambda *_: None)
-    return made
-
-
-def with_more() -> nn.Module:
-    made = clients.OfficialBAM(32)
-    made.scale = nn.Parameter(torch.ones(1))
-    return made
-
-
-def without_a_norm() -> nn.Module:
-    made = clients.OfficialBAM(32)
-    made.spatial_att.gate_s.gate_s_bn_di_1 = nn.InstanceNorm2d(2)
-    return made
-
-
-def with_clash() -> nn.Module:
-    made = clients.Changzy00BAM(32)
-    made.channel = 32
-    return made
-
-
-def observed() -> nn.Module:
-    made = reference.BAM(32)
-    made.observer = lambda c, s: None
-    return made
-
-
-def dropping() -> nn.Module:
-    made = clients.OfficialBAM(32)
-    made.channel_att.gate_c.gate_c_relu_1 = nn.Sequential(nn.ReLU(), nn.Dropout(0.5))
-    return made
-
-
-LEFT = {
-    "another field's": (lambda: clients.PyramidBAM(32), "no known BAM.*query_conv"),
-    "an overridden forward": (lambda: Louder(32), "Louder, whose forward overrides"),
-    "a forward of the instance": (with_own_forward, "it has a forward of its own instance"),
-    "a sum": (lambda: clients.SummingFork(32), "in inference it gives other numbers"),
-    "a detached map": (lambda: clients.DetachedFork(32), "in inference it gives other gradients"),
-    "another activation": (
-        lambda: clients.OfficialBAM(32, activation=nn.LeakyReLU),
-        "other numbers than ours .*gate_c_relu_1' is a LeakyReLU",
-    ),
-    "gate_activation": (with_activation, "other numbers .*gate_activation is tanh"),
-    "a dropout": (dropping, "in training it gives other .*Dropout"),
-    "an inner hook": (with_inner_hook, "its 'channel_att' has hooks"),
-    "a parameter more": (with_more, "has no 'scale'"),
-    "another norm": (without_a_norm, "gate_s_bn_di_1' is InstanceNorm2d; expected a batch norm"),
-    "an attribute": (with_clash, "its attribute 'channel' would stand in the place of ours"),
-    "an observer": (observed, "observed by attention_maps"),
-    "widths": (
-        lambda: nn.Sequential(reference_with_two_widths()),
-        "expected .* with 32 channels, 2 inside",
-    ),
-}
-
-
-def reference_with_two_widths() -> nn.Module:
-    made = clients.OfficialBAM(32)
-    made.channel_att = clients.OfficialChannel(32, 4, nn.ReLU)
-    return made
-
-
-@pytest.mark.parametrize("kind", LEFT)
-def test_left_alone_with_the_reason(kind):
-    make, reason = LEFT[kind]
-    model = nn.Sequential(make(), clients.Changzy00BAM(48))
-    modules = dict(model[0].named_modules())
-    report = replace_bam(model)
-    assert [r.names for r in report.replaced] == [("1",)]
-    (left,) = report.left_alone
-    assert left.names[0].startswith("0")
-    assert dict(model[0].named_modules()) == modules  # the very same ones
-    assert re.search(reason, left.reason), left.reason
-    assert left.reason in str(report)
-
-
-def test_a_subclass_that_adds_nothing_is_swapped():
-    (replaced,) = replace_bam(nn.Sequential(Renamed(32))).replaced
-    assert (replaced.was, replaced.client) == ("Renamed", "official")
+def test_the_report_reads():
+    options = {"preset": "official", "combine": "sum"}
+    model = nn.Sequential(
+        clients.OfficialBAM(64), clients.fightingcv_bam(48, 8, 1), reference.BAM(32, **options)
+    )
+    model.add_module("again", model[0])
+    text = str(replace_bam(nn.Sequential(model, clients.PyramidBAM(32))))
+    lines = [re.sub(" +", " ", line) for line in text.splitlines()]
+    assert lines[:4] == [
+        "name was became",
+        "0.0, 0.again BAM (official) BAM(64, preset='official')",
+        "0.1 BAMBlock (fightingcv) BAM(48, reduction=8, preset='fightingcv', dilation=1)",
+        "0.2 BAM (reference) BAM(32, norm_hidden=True, norm_final=False, norm_dilated=True)",
+    ]
+    assert lines[4].startswith("note: the authors' code pools") and len(lines) == 6
+    assert lines[5].startswith("left alone: 1 (BAM): its layers are those of no known BAM")
 
 
 def test_a_network_without_bam():
@@ -360,7 +289,8 @@ def test_a_fork_that_pools_globally_is_known_by_what_it_computes(recwarn, monkey
         want = made(x)
         report = replace_bam(made, pool="square")
         assert relative_error(report.model(x), want) < 1e-6
-    assert report.replaced[0].note is None and not recwarn.list
+    assert report.replaced[0].note is None
+    assert not [each for each in recwarn.list if "preset=" in str(each.message)]
 
 
 def test_what_the_authors_pooling_becomes(monkeypatch):

@@ -45,7 +45,7 @@ class Match:
 
 def find(module: nn.Module) -> Match | str | None:
     """The client's BAM that `module` is; or why not, where it is near to one; else None."""
-    parts = dict(module.named_modules())
+    parts = dict(module.named_modules(remove_duplicate=False))
     for client in CLIENTS.values():
         if any(name in parts for name in (client.reduce, client.last_fc, client.project)):
             try:

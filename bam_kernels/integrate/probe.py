@@ -84,7 +84,7 @@ def _pooling(module: nn.Module, match: Match) -> str:
             raise _DiffersError(
                 f"for inputs of {wide[0]}x{wide[1]} it gives other numbers than ours"
             )
-    dead = match.layers.keys() - alive
+    dead = {name for name, layer in match.layers.items() if [*layer.parameters()]} - alive
     if dead:
         raise _DiffersError(f"its layer for {min(dead)} has no effect in runs of a copy")
     return "global" if "global" in poolings else "square"
@@ -126,6 +126,7 @@ def _step(
     x = x.clone().requires_grad_()
     names = sorted(layers)
     parameters = [p for name in names for p in layers[name].parameters()]
+    buffers = [b for name in names for b in layers[name].buffers()]
     with torch.enable_grad():
         out = call(x)
         grads = torch.autograd.grad(
@@ -135,7 +136,7 @@ def _step(
     return _Step(
         out.detach(),
         torch.cat([grad.flatten() for grad in grads]),
-        torch.cat([b.double().flatten() for name in names for b in layers[name].buffers()]),
+        torch.cat([out.new_zeros(1), *(b.double().flatten() for b in buffers)]),
         {n for n in names if any(by_parameter[p].any() for p in layers[n].parameters())},
     )
 
@@ -144,15 +145,28 @@ def _far(a: Tensor, b: Tensor) -> bool:
     return a.shape != b.shape or not (a - b).norm() <= _BOUND * b.norm()
 
 
+class _LoneBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What a SyncBatchNorm is to a single process, on any device."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
 def _bare_copy(module: nn.Module) -> nn.Module:
-    """A deep copy on the CPU, in float64, without hooks: those may hold, and do, anything."""
+    """A deep copy on the CPU, in float64, without hooks: those may hold, and do, anything. Its
+    norms wait for no other process."""
     memo: dict[int, object] = {}
     for part in module.modules():
         for name in HOOKS:
             hooks = vars(part).get(name)
             if isinstance(hooks, dict):
                 memo[id(hooks)] = type(hooks)()
+        if isinstance(part, nn.SyncBatchNorm) and part.process_group is not None:
+            memo[id(part.process_group)] = None
     twin = copy.deepcopy(module, memo)
+    for part in twin.modules():
+        if type(part) is nn.SyncBatchNorm:
+            part.__class__ = _LoneBatchNorm
     if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
         return twin.to_empty(device="cpu").to(torch.float64)
     return twin.to("cpu", torch.float64)

@@ -25,9 +25,10 @@ def replace_bam(model: nn.Module, *, inplace: bool = True, pool: str = "global")
 
     Known are the authors' released code and its copies, pytorchcv's ``BamBlock``, fightingcv's
     ``BAMBlock``, changzy00's ``BAM``, and `bam_kernels.reference.BAM`. A module is one of them by
-    the names, kinds and sizes of its layers and by what it computes: a copy, with random weights,
-    is run beside ours, in inference and in training, and has the same output, gradients and
-    statistics. What looks like a BAM and is none of these is left alone, and named with the reason.
+    the names, kinds and sizes of its layers and by what it computes: copies, with random weights,
+    are run on the CPU beside ours, in inference and in training, and have the same output,
+    gradients and statistics. What looks like a BAM and is none of these is left alone, and named
+    with the reason.
 
     The layers of a BAM become layers of ours as they are: the same Parameter objects and buffers,
     on their devices, in their dtypes and training modes, frozen or not, with their hooks, so that
