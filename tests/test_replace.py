@@ -277,6 +277,17 @@ def test_errors():
     assert type(model[0]) is clients.Changzy00BAM
 
 
+def test_what_was_registered_on_a_reference_stays():
+    model = nn.Sequential(reference.BAM(32))
+    model[0].register_buffer("seen", torch.ones(3), persistent=False)
+    model[0].scale = nn.Parameter(torch.ones(2))
+    keys, parameters, seen = list(model.state_dict()), list(model.parameters()), model[0].seen
+    replace_bam(model)
+    assert type(model[0]) is BAM and model[0].seen is seen
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
 # --- the authors' pooling ---------------------------------------------------------------------
 
 

@@ -106,7 +106,8 @@ def _examine(module: nn.Module, names: tuple[str, ...], pool: str) -> Replaced |
             return LeftAlone(names, was, reason)
         made = BAM.__new__(BAM)
         nn.Module.__init__(made)
-        made._modules.update(module._modules)
+        for store in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            getattr(made, store).update(getattr(module, store))
         made.training = module.training
         return Replaced(names, was, "reference", made)
     found = match.find(module)
