@@ -112,6 +112,8 @@ def test_what_is_fused(name):
             "neither": {"the channel MLP", "the spatial branch"},
         }[fused]
     )
+    if name in ("norm_dilated", "norm_reduction"):
+        assert "norms follow some of its hidden layers only" in found.notes[0]
     if fused == "nothing":
         assert "pool='square'" in found.reasons["triton"]
 
