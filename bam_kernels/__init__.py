@@ -12,7 +12,7 @@ from bam_kernels.analysis import attention_maps
 from bam_kernels.config import BAMConfig
 from bam_kernels.dispatch import BackendUnavailableError, use_backend
 from bam_kernels.explain import Explanation, explain
-from bam_kernels.integrate import insert_bam, strip
+from bam_kernels.integrate import convert_state_dict, insert_bam, replace_bam, strip
 from bam_kernels.modules import BAM, SqueezeExcite
 
 __all__ = [
@@ -23,10 +23,12 @@ __all__ = [
     "SqueezeExcite",
     "__version__",
     "attention_maps",
+    "convert_state_dict",
     "explain",
     "functional",
     "insert_bam",
     "reference",
+    "replace_bam",
     "strip",
     "use_backend",
 ]

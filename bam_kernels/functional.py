@@ -242,12 +242,30 @@ def check_module_input(
                 f"x: expected the parameters' dtype {weight.dtype} outside of autocast, "
                 f"got {x.dtype}"
             )
+    _check_size(x, channel, spatial)
     if n == 0:
         return
     if channel is not None and n == 1:
         _check_batch_norms(channel, "channel", "batch 1", x)
     if spatial is not None and n * h * w == 1:
         _check_batch_norms(spatial, "spatial", "one pixel", x)
+
+
+def _check_size(x: Tensor, channel: ChannelBranch | None, spatial: SpatialBranch | None) -> None:
+    """What the paper's BAM does not ask: that H and W fit a client's pooling or padding."""
+    h, w = x.shape[2:]
+    if isinstance(channel, ChannelBranch) and channel.pool == "square" and not h <= w < 2 * h:
+        raise ValueError(
+            f"x: expected H <= W < 2 H, as the pooling over H x H (pool='square') takes it, "
+            f"got shape {list(x.shape)}"
+        )
+    if isinstance(spatial, SpatialBranch) and spatial.shrinkage:
+        side = spatial.shrinkage + 1
+        if (h, w) != (side, side):
+            raise ValueError(
+                f"x: expected H = W = {side}, the only size that 3x3 convolutions padded by less "
+                f"than their dilation take, got shape {list(x.shape)}"
+            )
 
 
 def _first_layers(

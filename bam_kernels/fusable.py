@@ -42,7 +42,10 @@ def unfusable(channel: ChannelBranch | None, spatial: SpatialBranch | None) -> s
         if not plain or reduce.padding not in ((0, 0), "valid", "same"):
             return "spatial.reduce is not a plain 1x1 convolution"
     if channel is not None:
-        return _unseen(channel, "the channel branch", ChannelBranch)
+        reason = _unseen(channel, "the channel branch", ChannelBranch)
+        if reason is None and channel.pool != "global":
+            return f"the channel branch pools with pool={channel.pool!r}; the kernels pool globally"
+        return reason
     return None
 
 
@@ -102,6 +105,10 @@ def unfusable_spatial(branch: SpatialBranch) -> str | None:
     norms = [] if branch.hidden_norm is None else list(branch.hidden_norm)
     norms += [] if branch.norm is None else [branch.norm]
     hidden = branch.reduce.out_channels
+    if branch.bare_reduction:
+        return "no ReLU follows its reduction; the kernels put one there"
+    if any(type(norm) is nn.Identity for norm in norms):
+        return "norms follow some of its hidden layers only"
     if hidden > MOST_HIDDEN:
         return f"it is {hidden} channels wide inside; the kernels take {MOST_HIDDEN} at most"
     for module in (*convs, branch.project, *norms):

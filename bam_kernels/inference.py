@@ -128,6 +128,8 @@ def _channel(
 
 
 def _spatial(branch: SpatialBranch, params: list[Tensor], eps: list[float]) -> list[int]:
+    if branch.bare_reduction:  # the operator puts a ReLU there; an Identity among the norms is seen
+        raise _NotPlainError
     modules = branch._modules
     convs, norm = list(modules["dilated"]._modules.values()), modules.get("norm")
     hidden = modules.get("hidden_norm")

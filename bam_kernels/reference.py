@@ -68,8 +68,12 @@ class ChannelBranch(nn.Module):
     Keys: ``fc.{i}``, ``hidden_norm.{i}`` (with `norm_hidden`), ``norm`` (with `norm_final`).
     """
 
+    pool = "global"
+
     def __init__(self, config: BAMConfig, **factory: Any) -> None:
         super().__init__()
+        if config.pool != "global":
+            self.pool = config.pool
         hidden, layers = config.hidden, config.mlp_layers
         widths = [config.channels, *[hidden] * layers, config.channels]
         self.fc = nn.ModuleList(
@@ -93,40 +97,59 @@ class ChannelBranch(nn.Module):
         return y if self.norm is None else self.norm(y)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.from_pooled(x.mean(dim=(2, 3)))
+        if self.pool == "global":
+            return self.from_pooled(x.mean(dim=(2, 3)))
+        height = x.shape[2]
+        return self.from_pooled(F.avg_pool2d(x, height, stride=height).flatten(1))
 
 
 class SpatialBranch(nn.Module):
     """Ms, Eq. 4: 1x1 to C / r, dilated 3x3s, 1x1 to 1, batch norm. To logits [N, 1, H, W].
 
-    Keys: ``reduce``, ``dilated.{i}``, ``project``, ``hidden_norm.{i}`` (with `norm_hidden`;
-    0 follows ``reduce``, i + 1 follows ``dilated.{i}``), ``norm`` (with `norm_final`).
+    Keys: ``reduce``, ``dilated.{i}``, ``project``, ``hidden_norm.{i}`` (0 follows ``reduce``, with
+    `norm_hidden` and without `bare_reduction`; i + 1 follows ``dilated.{i}``, with `norm_dilated`;
+    an ``nn.Identity`` holds the place of one that there is not), ``norm`` (with `norm_final`).
     """
+
+    bare_reduction = False
+    shrinkage = 0
 
     def __init__(self, config: BAMConfig, **factory: Any) -> None:
         super().__init__()
         hidden, d = config.hidden, config.dilation
+        if config.bare_reduction:
+            self.bare_reduction = True
+        if config.shrinkage:
+            self.shrinkage = config.shrinkage
         self.reduce = nn.Conv2d(config.channels, hidden, 1, **factory)
         self.dilated = nn.ModuleList(
-            nn.Conv2d(hidden, hidden, 3, padding=d, dilation=d, **factory)
+            nn.Conv2d(hidden, hidden, 3, padding=config.padding, dilation=d, **factory)
             for _ in range(config.num_dilated)
         )
         self.project = nn.Conv2d(hidden, 1, 1, **factory)
+        normed = [config.norm_hidden and not config.bare_reduction]
+        normed += [config.norm_dilated] * config.num_dilated
         self.hidden_norm = (
-            nn.ModuleList(nn.BatchNorm2d(hidden, **factory) for _ in range(config.num_dilated + 1))
-            if config.norm_hidden
+            nn.ModuleList(nn.BatchNorm2d(hidden, **factory) if n else nn.Identity() for n in normed)
+            if any(normed)
             else None
         )
         self.norm = nn.BatchNorm2d(1, **factory) if config.norm_final else None
 
     def from_reduced(self, reduced: Tensor) -> Tensor:
         """The branch behind the reduction: [N, C // r, H, W] to logits [N, 1, H, W]."""
-        y = F.relu(reduced if self.hidden_norm is None else self.hidden_norm[0](reduced))
+        y = reduced if self.hidden_norm is None else self.hidden_norm[0](reduced)
+        if not self.bare_reduction:
+            y = F.relu(y)
         for i, conv in enumerate(self.dilated):
             y = conv(y)
             y = F.relu(y if self.hidden_norm is None else self.hidden_norm[i + 1](y))
         y = self.project(y)
-        return y if self.norm is None else self.norm(y)
+        if self.norm is not None:
+            y = self.norm(y)
+        if self.shrinkage:
+            return y.expand(-1, -1, reduced.shape[2], reduced.shape[3])
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         return self.from_reduced(self.reduce(x))
@@ -147,10 +170,17 @@ class BAM(nn.Module):
         channel: whether there is a channel branch.
         spatial: whether there is a spatial branch.
         residual: whether the identity is added (Eq. 1).
-        preset: "paper" (Eq. 1-4) or "official" (the authors' released code).
+        preset: "paper" (Eq. 1-4), "official" (the authors' released code), "pytorchcv",
+            "fightingcv" or "changzy00"; `bam_kernels.config.PRESETS` has what each differs in.
         mlp_layers: hidden layers of the channel MLP (Eq. 3: 1).
         norm_hidden: batch norm after every hidden layer of both branches.
         norm_final: batch norm at both branches' ends (Eq. 3, 4).
+        norm_dilated: batch norm after every 3x3 convolution; as `norm_hidden` unless given.
+        bare_reduction: neither norm nor ReLU after the spatial branch's first 1x1 convolution.
+        padding: of the 3x3 convolutions: `dilation` unless given, and at most that. With less, one
+            input size is left, of which one spatial logit stands for every pixel.
+        pool: "global", over all of H x W, or "square", the authors' window of H x H; that takes
+            H <= W < 2 H, leaves out the columns from H on, and runs as plain PyTorch.
         device: where the parameters are made.
         dtype: of the parameters.
 
@@ -162,6 +192,7 @@ class BAM(nn.Module):
     """
 
     observer: Observer | None = None  # set on an instance by whoever wants to see its logits
+    check_square = False  # whether H != W is to be warned of: the authors' pooling differs there
 
     def __init__(
         self,
@@ -178,6 +209,10 @@ class BAM(nn.Module):
         mlp_layers: int | None = None,
         norm_hidden: bool | None = None,
         norm_final: bool | None = None,
+        norm_dilated: bool | None = None,
+        bare_reduction: bool | None = None,
+        padding: int | None = None,
+        pool: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -195,7 +230,13 @@ class BAM(nn.Module):
             mlp_layers=mlp_layers,
             norm_hidden=norm_hidden,
             norm_final=norm_final,
+            norm_dilated=norm_dilated,
+            bare_reduction=bare_reduction,
+            padding=padding,
+            pool=pool,
         )
+        if preset == "official" and pool is None:
+            self.check_square = True
         factory = {"device": device, "dtype": dtype}
         self.channel = ChannelBranch(config, **factory) if config.channel else None
         self.spatial = SpatialBranch(config, **factory) if config.spatial else None

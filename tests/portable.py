@@ -29,6 +29,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "no_residual": lambda: BAM(24, 4, residual=False),
     "deep_mlp": lambda: BAM(24, 4, mlp_layers=3, norm_hidden=True),
     "no_norms": lambda: BAM(24, 4, norm_hidden=False, norm_final=False, num_dilated=1),
+    "fightingcv": lambda: BAM(24, 4, preset="fightingcv"),
+    "changzy00": lambda: BAM(24, 4, preset="changzy00"),
     "squeeze_excite": lambda: SqueezeExcite(24, 4),
 }
 TRACED = (3, 3, 9, 12)  # the size that is traced; N, H and W are dynamic

@@ -344,7 +344,11 @@ def test_every_variable_of_env_has_its_effect_told():
         (["--shape", "2x64x7x7", "--channels", "32"], "--channels: expected the 64 of --shape"),
         (["--channels", "8"], "--channels: expected at least reduction=16"),
         (["--reduction", "0"], "--reduction: expected at least 1, got 0"),
-        (["--preset", "mine"], "--preset: expected one of paper, official, got 'mine'"),
+        (
+            ["--preset", "mine"],
+            "--preset: expected one of paper, official, pytorchcv, fightingcv, changzy00, "
+            "got 'mine'",
+        ),
         (["--dtype", "int8"], "--dtype: expected one of float32"),
         (["--layout", "nhwc"], "--layout: expected one of nchw, channels_last, got 'nhwc'"),
         (["--device", "abacus"], "--device: expected auto or a device of torch, got 'abacus'"),

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bam_kernels.benchmarking.files import replacing
+from bam_kernels.files import replacing
 
 KINDS = ("cpu", "gpu", "traffic")
 

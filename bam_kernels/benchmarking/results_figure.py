@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bam_kernels.benchmarking.files import replacing
 from bam_kernels.benchmarking.results import Results, provenance
+from bam_kernels.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -160,7 +160,7 @@ def _list(args: argparse.Namespace, out: Console, on_gpu: bool, on_cpu: bool) ->
 
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
-    from bam_kernels.benchmarking.files import replacing
+    from bam_kernels.files import replacing
 
     if path is not None:
         with replacing(path) as part:

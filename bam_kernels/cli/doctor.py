@@ -30,7 +30,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add = doctor.add_argument
     add("--channels", type=int, metavar="C", help="of the module (default: the shape's, 256)")
     add("--reduction", type=int, default=16, metavar="R", help="of the module (default: 16)")
-    add("--preset", default="paper", help="paper, the default, or official")
+    add("--preset", default="paper", help="paper, the default, official, pytorchcv, fightingcv "
+        "or changzy00")  # fmt: skip
     add("--dtype", default="float32", help=f"{', '.join(_DTYPES)} (default: %(default)s)")
     add("--layout", default="nchw", help="nchw, the default, or channels_last")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, xpu, ...; auto, the default, "

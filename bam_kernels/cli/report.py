@@ -241,8 +241,8 @@ def _write(
     import dataclasses
 
     from bam_kernels.benchmarking.cpu.machine import versions
-    from bam_kernels.benchmarking.files import replacing
     from bam_kernels.benchmarking.gpu.environment import commit
+    from bam_kernels.files import replacing
 
     predictions = [
         {

@@ -13,7 +13,8 @@ from bam_kernels.integrate import insert
 _ATTENTION = (modules.BAM, modules.SqueezeExcite, reference.BAM, reference.SqueezeExcite)
 _BRANCHES = (reference.ChannelBranch, reference.SpatialBranch)
 _OURS = (*_ATTENTION, *_BRANCHES)
-_OWN = {"config", "observer"}  # attributes of classes of ours, or about them
+_OWN = {"config", "observer", "check_square", "pool", "bare_reduction", "shrinkage"}
+"""Attributes of classes of ours, or about them; what they say of the arithmetic is in the graph."""
 
 
 def strip(model: nn.Module, *, inplace: bool = True) -> nn.Module:

@@ -51,7 +51,7 @@ class Options:
         sites: shapes of x, (N, C, H, W).
         dtypes: "float32" or "bfloat16", of x and of the parameters.
         modes: "inference" and "training".
-        presets: of `bam_kernels.config.PRESETS`.
+        presets: "paper", "official".
         peers: of `peers.PEERS`, beside ours.
         threads: of every side.
         rounds: times taken of each side.
@@ -65,7 +65,7 @@ class Options:
     modes: tuple[str, ...] = (sites.INFERENCE, sites.TRAINING)
     sites: tuple[tuple[int, int, int, int], ...] = SITES
     dtypes: tuple[str, ...] = ("float32",)
-    presets: tuple[str, ...] = tuple(bam_kernels.config.PRESETS)
+    presets: tuple[str, ...] = ("paper", "official")
     peers: tuple[str, ...] = peers.PEERS
     threads: int = 2
     rounds: int = 8
