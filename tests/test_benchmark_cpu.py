@@ -323,7 +323,7 @@ def test_check_sets_the_exit_status(passes, monkeypatch, capsys):
     [
         (["--sites", "8x256x56"], "argument --sites: expected NxCxHxW"),
         (["--sites", "8x8x7x7"], "C of at least 16"),
-        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--mode", "test"], "argument --mode: invalid choice"),
         (["--rounds", "0"], "argument --rounds: expected a whole number of at least 1, got '0'"),
         (["--threads", "two"], "argument --threads: expected a whole number"),

@@ -289,7 +289,7 @@ def test_the_bars_are_the_files_numbers():
             # The best peer over ours in our faster format: the larger of the file's ratios.
             assert min(bars.values()) == pytest.approx(max(row["ratios"].values()))
     data = gpu_data()
-    panels = results_figure._gpu(data)["paper"]
+    panels = results_figure.gpu_panels(data)["paper"]
     peers = data["cases"][1]["peers"]
     bars = panels["training, float16, nchw"]["32x256x56x56"]
     ms = {name: peer.get("median_ms") for name, peer in peers.items()}
