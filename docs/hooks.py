@@ -48,6 +48,29 @@ def cpu() -> str:
     return "\n\n".join(parts)
 
 
+def predictions() -> str:
+    """The cost model's launches, bytes and times at ResNet-50's sites."""
+    from bam_kernels.benchmarking import cost
+    from bam_kernels.benchmarking.sites import INFERENCE, RESNET50, TRAINING
+
+    names = [machine.name for machine in cost.MACHINES]
+    header = ["x", "mode", "launches", "MB", "eager's launches", "MB", *names]
+    lines = [header, ["---"] * len(header)]
+    for mode in (INFERENCE, TRAINING):
+        for site in RESNET50:
+            size = (32, site.channels, site.height, site.width)
+            case = cost.case_of(size, "float16", "channels_last", mode)
+            fused, eager = (cost.cost(case, kind) for kind in cost.KINDS)
+            cells = ["x".join(map(str, size)), mode]
+            for each in (fused, eager):
+                cells += [str(each.launches), f"{each.moved_bytes / 1e6:.0f}"]
+            for machine in cost.MACHINES:
+                us, peer = fused.predicted_us(machine), eager.predicted_us(machine)
+                cells.append(f"{us:.0f} ({peer / us:.1f})")
+            lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def tolerances() -> str:
     """The table of tests/tolerances.py."""
     found = _load(ROOT / "tests/tolerances.py")
@@ -95,6 +118,7 @@ def _drawing(name: str) -> Callable[[], str]:
 FILLS: dict[str, Callable[[], str]] = {
     "traffic": traffic,
     "cpu": cpu,
+    "predictions": predictions,
     "tolerances": tolerances,
     "commands": commands,
     "public": public,

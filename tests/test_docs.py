@@ -18,6 +18,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 NOT_RUN = [
     ("benchmarks.md", "bash"),  # a minute of counting
+    ("benchmarks.md", "bash"),  # minutes of timing; tests/test_benchmark_suite.py has it on toys
     ("benchmarks.md", "bash"),  # takes a GPU
     ("contributing.md", "bash"),  # the whole test suite; the targets are looked up
     ("training.md", "python"),  # a compilation; tests/test_compile.py has it
@@ -73,6 +74,8 @@ def test_commands_exist():
     for words in map(shlex.split, filter(None, lines)):
         if words[:3] == ["python", "-m", "bam_kernels"]:
             cli._parser().parse_args(words[3:])
+        elif words[:3] == ["python", "-m", "pytest"]:
+            assert (ROOT / words[3]).is_dir()
         elif words[:2] == ["python", "-m"]:
             assert importlib.util.find_spec(words[2]) is not None
             subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True)
