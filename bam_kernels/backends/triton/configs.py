@@ -301,7 +301,7 @@ def _spatial_branch(itemsize: int, hidden: int, channels_last: bool, precision: 
                 if channels_last
                 else Tile(0, 64, 8, 1, registers=255)
             )
-        return Tile(0, 64, 8, 1) if channels_last else Tile(0, 128, 4, 1)
+        return Tile(0, 64, 8, 1) if channels_last else Tile(0, 128, 4, 1, registers=255)
     if precision == "ieee" and hidden > 16:
         return Tile(0, 16, 8, 1, registers=128) if hidden > 32 else Tile(0, 32, 8, 1)
     if hidden > 32:

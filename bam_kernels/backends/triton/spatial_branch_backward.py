@@ -340,6 +340,6 @@ def _norm_backward(
         BATCH_STATS=norm.batch_stats,
         BLOCK_T=m.block_t,
         **known,
-        **m.constants(),
+        **m.constants(allowed=255),
     )
     return dz
