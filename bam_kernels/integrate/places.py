@@ -210,11 +210,23 @@ def _hosts(flow: Flow, how: str) -> list[Call]:
         if not own or not own[-1].name or not _puts_out_map(flow, own[-1]):
             continue
         host = own[-1]
+        while how == "cat" and _passes_on(host.parent, host):
+            host = host.parent  # a dense block's loop over its layers, a module of its own
         inputs = [flow.values[i] for i in host.inputs if flow.values[i].is_map]
         convolves = any(v.convolves and host in v.calls for v in flow.values[: value.index])
         if len(inputs) == 1 and inputs[0].dominates(value) and convolves:
             found[id(host)] = host
     return list(found.values())
+
+
+def _passes_on(parent: Call | None, call: Call) -> bool:
+    """Whether a module of some forward of its own gives what it takes to `call`."""
+    return (
+        parent is not None
+        and parent.inputs == call.inputs
+        and bool(parent.name)
+        and not isinstance(parent.module, nn.Sequential)
+    )
 
 
 def _puts_out_map(flow: Flow, call: Call) -> bool:
