@@ -56,9 +56,11 @@ def insert_bam(
 
     A fresh BAM changes what the network puts out: M is about 0.5 at first, so each one scales
     its features by about 1.5. A network that is trained already is better served by
-    ``identity_start=True``: its features are scaled by 1.0025 at each BAM, M being 0.0025
-    everywhere. The gradients of the branches begin a hundred times smaller as well: train them with
-    an optimizer that does not mind (Adam and the like), or with a larger learning rate.
+    ``identity_start=True``: M begins as 0.0067 everywhere, so that each BAM scales its features by
+    1.0067. The gradients of the branches begin 40 times smaller than in a fresh BAM: train them
+    with an optimizer that does not mind (AdamW), and with a larger learning rate than the rest.
+    With ``residual=False, combine="sigmoid_sum"`` besides, M is 1 at the start: the outputs are
+    equal bit for bit, the gradients as large as any, and a BAM may weaken features as well.
 
     Args:
         model: any module.

@@ -84,7 +84,7 @@ _MISSING = {
 def _bottlenecks(flow: Flow) -> list[tuple[Call, bool]]:
     """The calls at whose ends stages end, or (True) at whose beginnings."""
     made = {call.output for call in flow.calls if call.name}
-    maps = [v for v in flow.values if v.is_map and v.index in made]
+    maps = [v for v in flow.values if v.is_map and (v.index in made or _downsamples(flow, v))]
     if not maps:
         return []
     # The last of the coarsest maps: in a network with a decoder, the end of the encoder.
@@ -105,6 +105,10 @@ def _bottlenecks(flow: Flow) -> list[tuple[Call, bool]]:
         if place is not None:
             found.append(place)
     return found
+
+
+def _downsamples(flow: Flow, value: Value) -> bool:
+    return any(shrinks(flow.values[source].size, value.size) for source in value.sources)
 
 
 class _Stage:
@@ -152,7 +156,7 @@ class _Stage:
         return next(
             v
             for v in values[self._run[-1].index + 1 : smaller.index + 1]
-            if any(shrinks(values[source].size, v.size) for source in v.sources)
+            if _downsamples(self._flow, v)
         )
 
     def _makers(self, value: Value) -> list[Call]:
