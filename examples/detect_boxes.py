@@ -19,9 +19,11 @@ def build(size: int) -> tuple[nn.Module, dict[str, nn.Module]]:
         backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
     )
     inserted = insert_bam(backbone.body, at="bottlenecks")
-    model = FasterRCNN(
-        backbone, num_classes=3, min_size=size, max_size=size, box_detections_per_img=5
-    )
+    sizes = {"num_classes": 3, "min_size": size, "max_size": size, "box_detections_per_img": 5}
+    proposals = dict.fromkeys(("pre_nms_top_n_train", "pre_nms_top_n_test"), 200)
+    proposals |= dict.fromkeys(("post_nms_top_n_train", "post_nms_top_n_test"), 50)
+    proposals = {f"rpn_{name}": count for name, count in proposals.items()}  # one shape an image
+    model = FasterRCNN(backbone, **sizes, **proposals, box_batch_size_per_image=32)
     return model, inserted
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bam_kernels import use_backend
+
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 NEEDS = {
@@ -33,10 +35,10 @@ def run(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys) -> 
         pytest.importorskip(package, reason="pip install '.[examples]'")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
     monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.setenv("BAM_KERNELS_BACKEND", "reference")
     state = torch.get_rng_state()
     try:
-        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        with use_backend("reference"):  # not Triton's interpreter
+            runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     finally:
         torch.set_rng_state(state)
     return capsys.readouterr()
