@@ -53,7 +53,7 @@ def mean_overlap(model: nn.Module, images: list, targets: list) -> float:
 
 
 def main() -> None:
-    parser = Parser(__doc__, steps=150, batch=4, size=96)
+    parser = Parser(__doc__, steps=200, batch=4, size=64)
     args = parser.parse(least_size=64)
     if args.size > 400:
         parser.error(f"--size: expected at most 400, the photographs' height, got {args.size}")

@@ -36,7 +36,8 @@ def test_f_becomes_a_constant_times_f(combine, branches, preset, residual):
         start_as_identity(bam)
         x = torch.randn(3, 24, 7, 9, dtype=torch.float64)
         for mode in (True, False):
-            assert relative_error(bam.train(mode)(x), expected * x) < 1e-14
+            bar = M if combine == "max" and both else 1e-14
+            assert relative_error(bam.train(mode)(x), expected * x) < bar
 
 
 def test_squeeze_excite_and_the_exact_identity():
@@ -91,7 +92,11 @@ def test_every_parameter_trains(combine, preset, residual):
         model, ["1"], identity_start=True, example_input=(1, 3, 9, 7), **options
     )["1.bam"]  # fmt: skip
     optimizer = torch.optim.AdamW(bam.parameters(), lr=0.02)
-    x, target = torch.randn(4, 3, 9, 7), torch.randn(4, 24, 9, 7).relu()
+    x = torch.randn(4, 3, 9, 7)
+    with torch.no_grad():  # M shall leave its start: up from 0, or down from 1
+        wanted = 0.5 * torch.rand(4, 24, 9, 7)
+        features = model[0](x).relu()
+        target = features * (1 + wanted if residual else 1 - wanted)
     maps: list[Tensor] = []
     for _ in range(8):
         optimizer.zero_grad()
@@ -99,9 +104,12 @@ def test_every_parameter_trains(combine, preset, residual):
             (model(x) - target).square().mean().backward()
         maps.append(seen["1.bam"].map.detach().clone())
         optimizer.step()
-    assert maps[0].std() < 1e-6 and maps[-1].std() > 1e-4
     spread = [m.std() for m in maps]
-    assert all(b > a for a, b in itertools.pairwise(spread[:4]))
+    assert max(spread) > 1e-4
+    if combine == "max":  # not constant, lest one branch be the smaller everywhere
+        assert 0 < spread[0] < 0.3 * M
+    else:
+        assert spread[0] < 1e-6 and all(b > a for a, b in itertools.pairwise(spread[:4]))
     still = {
         name
         for name, p in bam.named_parameters()

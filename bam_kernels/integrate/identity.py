@@ -10,6 +10,9 @@ of the sigmoid, 0.25 in a fresh module. They shrink together: at a logit of -20 
 stay equal bit for bit, and nothing trains; at -5 a small residual network, fine-tuned for 600
 steps of AdamW, came out with maps as varied as from -2, and its outputs had jumped by a hundredth.
 
+The larger of two constants would leave the other branch without a gradient for good: with
+combine="max" the last layers keep a tenth of their weights, and M is nearly constant.
+
 No such trade has F * M with M = sigmoid(c) + sigmoid(s), which is 1 where both logits are 0.
 """
 
@@ -26,12 +29,15 @@ from bam_kernels.config import BAMConfig
 START_LOGIT = 5.0
 """M begins at sigmoid(-5) = 0.0067, and the branches' gradients at a fortieth of a fresh BAM's."""
 
+_KEPT_FOR_MAX = 0.1  # enough for each branch to be the larger one somewhere
+
 
 def start_as_identity(module: nn.Module) -> None:
     """Set the last layer of each branch so that `module` begins as F' = (1 + M) F, M = 0.0067.
 
     Without the identity in it (residual=False, SqueezeExcite) it begins as F' = M F, M = 0.9933,
     and with combine="sigmoid_sum" as F' = F exactly.
+    With combine="max" M is within some percent of that where the norms' statistics fit.
 
     Raises:
         TypeError: `module` is no BAM or SqueezeExcite.
@@ -54,10 +60,12 @@ def start_as_identity(module: nn.Module) -> None:
                 f"identity_start: expected a weight and a bias in the {branch} branch's last "
                 f"layer, got {layer}"
             )
-    logits = _logits(module.config, len(layers) == 2)
+    both = len(layers) == 2
+    logits = _logits(module.config, both)
+    kept = _KEPT_FOR_MAX if both and module.config.combine == "max" else 0.0
     with torch.no_grad():
         for branch, layer in layers.items():
-            layer.weight.zero_()
+            layer.weight.mul_(kept)
             layer.bias.fill_(logits[branch])
 
 
