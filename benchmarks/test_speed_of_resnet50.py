@@ -25,12 +25,13 @@ def run(pytestconfig: pytest.Config) -> suite.Suite:
 def _network(run: suite.Suite, side: str, dtype: str, layout: str, training: bool):
     """The network, the callable to time, its input, and its error against the plain network in
     float64."""
-    torchvision = pytest.importorskip("torchvision", reason="pip install torchvision")
+    resnet = pytest.importorskip("torchvision.models.resnet", reason="pip install torchvision")
+    blocks = (1, 1, 1, 1) if run.tiny else (3, 4, 6, 3)
     size = 32 if run.tiny else 224
     batch = max(2, run.batch // 2)
-    plain = torchvision.models.resnet50()
+    plain = resnet.ResNet(resnet.Bottleneck, blocks)
     insert_bam(plain, _STAGES, module=reference.BAM)
-    ours = torchvision.models.resnet50()
+    ours = resnet.ResNet(resnet.Bottleneck, blocks)
     insert_bam(ours, _STAGES, module=bam_kernels.BAM)
     ours.load_state_dict(plain.state_dict())
     network = ours if side == suite.FUSED else plain

@@ -7,8 +7,6 @@ here.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 from bam_kernels.benchmarking.kernel_report import problems
@@ -22,8 +20,6 @@ pytestmark = pytest.mark.skipif(
 # ResNet-50's sites, with hidden widths of 16, 32 and 64, and one whose hidden width is 4.
 SITES = ((32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14))
 NARROW = (32, 64, 56, 56)
-LAYOUTS = ("contiguous_format", "channels_last")
-PRESETS = ("paper", "official")
 
 CODE = """
 import torch
@@ -41,23 +37,32 @@ for name, tf32, size, layout, preset, mode in {variants}:
     reports += [report for _, report, _ in compile_module("{target}", module, x)]
 """
 
-# (dtype, whether with TF32, [N, C, H, W], layout, preset, mode), of every process: starting one
-# takes as long as a dozen kernels.
-TRAINED = [
-    *itertools.product(
-        ("float16", "float32"), (True,), (NARROW, *SITES), LAYOUTS, PRESETS,
-        ("training", "inference"),
+NCHW, LAST = "contiguous_format", "channels_last"
+VARIANTS = [
+    # The official preset's kernels do all that the paper's do, and hold more.
+    *(
+        (name, True, size, layout, preset, "training")
+        for name in ("float16", "float32")
+        for size in (NARROW, *SITES)
+        for layout, preset in ((NCHW, "official"), (LAST, "official"), (NCHW, "paper"))
     ),
-    *itertools.product(("float32",), (False,), SITES[1:], LAYOUTS, PRESETS, ("training",)),
-    *itertools.product(("bfloat16",), (True,), SITES[:1], LAYOUTS, PRESETS, ("training",)),
+    *(
+        (name, True, size, layout, preset, "inference")
+        for name in ("float16", "float32")
+        for size in (NARROW, *SITES)
+        for layout, preset in ((NCHW, "official"), (LAST, "paper"))
+    ),
+    *(("float32", False, size, layout, "official", "training")
+      for size in SITES[1:] for layout in (NCHW, LAST)),
+    ("bfloat16", True, SITES[0], LAST, "official", "training"),
     # Frozen norms, whose statistics are known; small batches, whose sums are left in parts.
-    ("float16", True, SITES[0], LAYOUTS[0], "official", "frozen"),
-    ("float32", True, SITES[2], LAYOUTS[1], "paper", "frozen"),
-    *itertools.product(
-        ("float16",), (True,), ((2, *SITES[0][1:]), (2, *SITES[2][1:])), LAYOUTS, PRESETS,
-        ("inference",),
-    ),
+    ("float16", True, SITES[0], NCHW, "official", "frozen"),
+    ("float32", True, SITES[2], LAST, "paper", "frozen"),
+    *(("float16", True, (2, *size[1:]), layout, "paper", "inference")
+      for size in (SITES[0], SITES[2]) for layout in (NCHW, LAST)),
 ]  # fmt: skip
+"""(dtype, whether with TF32, [N, C, H, W], layout, preset, mode), of every process: starting one
+takes as long as a dozen kernels. The command ``report`` compiles every combination."""
 
 
 def compiled(target: str, variants: list) -> list[aot.KernelReport]:
@@ -68,7 +73,7 @@ def compiled(target: str, variants: list) -> list[aot.KernelReport]:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_shipped_tables(target):
-    reports = compiled(target, TRAINED)
+    reports = compiled(target, VARIANTS)
     assert {report.name for report in reports} == {
         "_channel_mlp_backward_in_kernel", "_channel_mlp_backward_out_kernel",
         "_channel_mlp_kernel", "_conv_mlp_kernel", "_dilated_conv_backward_kernel",
@@ -98,19 +103,19 @@ def test_squeeze_excite():
     code = CODE.replace(
         "bam_kernels.BAM(size[1], preset=preset,", "bam_kernels.SqueezeExcite(size[1],"
     )
-    variants = list(
-        itertools.product(
-            ("float16", "float32"), (True,), (SITES[0], (2, *SITES[2][1:])), LAYOUTS, ("paper",),
-            ("inference",),
-        )
-    )  # fmt: skip
+    variants = [
+        (name, True, size, layout, "paper", "inference")
+        for name in ("float16", "float32")
+        for size in (SITES[0], (2, *SITES[2][1:]))
+        for layout in (NCHW, LAST)
+    ]
     reports = aot.reports_in_subprocess(code.format(target="sm_90", variants=variants))
     assert "_mlp_gate_kernel" in {report.name for report in reports}
     assert [aot.format_table([report]) for report in reports if problems(report)] == []
 
 
 def test_double_precision_compiles_without_spills():
-    variants = [("float64", True, SITES[0], LAYOUTS[0], "paper", mode)
+    variants = [("float64", True, SITES[0], NCHW, "paper", mode)
                 for mode in ("training", "inference")]  # fmt: skip
     reports = compiled("sm_90", variants)
     assert len(reports) >= 20
