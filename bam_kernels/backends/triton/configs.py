@@ -27,7 +27,7 @@ _LEAST = 16
 class Tile:
     """One launch: channels and positions a program covers at a time, warps, pipeline stages.
 
-    `registers` is what `launch.registers` allows a thread; None leaves it to the compiler.
+    `registers` is what `launch.registers` allows a thread; None leaves it to the launcher.
     """
 
     block_c: int
@@ -287,28 +287,22 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
 
 def _spatial_branch(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
     # The accumulator is hidden x block_p, and nine shifted tiles of the input pass through. Wider
-    # tiles spill in the backward convolution, which applies a norm's gradient as it loads. Narrower
-    # ones, or other warps, have the assembler aim at one more block a multiprocessor and spill an
-    # address for it, on one target or with one version of Triton; these entries do on none.
+    # tiles spill in the backward convolution, which applies a norm's gradient as it loads.
     if itemsize == 8:
         return Tile(0, 16, 8, 1) if hidden > 64 else Tile(0, 32, 4, 1)
     if itemsize == 2:
         if hidden > 32:
-            return Tile(0, 64, 8, 1) if channels_last else Tile(0, 32, 8, 1, registers=255)
+            return Tile(0, 64, 8, 1) if channels_last else Tile(0, 32, 8, 1)
         if hidden > 16:
-            return (
-                Tile(0, 32, 4, 1, registers=255)
-                if channels_last
-                else Tile(0, 64, 8, 1, registers=255)
-            )
-        return Tile(0, 64, 8, 1) if channels_last else Tile(0, 128, 4, 1, registers=255)
+            return Tile(0, 32, 4, 1) if channels_last else Tile(0, 64, 8, 1)
+        return Tile(0, 64, 8, 1) if channels_last else Tile(0, 128, 4, 1)
     if precision == "ieee" and hidden > 16:
-        return Tile(0, 16, 8, 1, registers=128) if hidden > 32 else Tile(0, 32, 8, 1)
+        return Tile(0, 16, 8, 1) if hidden > 32 else Tile(0, 32, 8, 1)
     if hidden > 32:
         return Tile(0, 16, 4, 1)
     if hidden > 16:
-        return Tile(0, 64, 8, 1, registers=None if channels_last else 192)
-    return Tile(0, 128, 4, 1, registers=255)
+        return Tile(0, 64, 8, 1)
+    return Tile(0, 128, 4, 1)
 
 
 _TABLES = {

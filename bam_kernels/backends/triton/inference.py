@@ -328,6 +328,5 @@ def _launch_conv(
         BLOCK_K=m.block_k,
         BLOCK_T=m.block_t,
         **(_NO_MLP if mlp is None else mlp.arguments),
-        # As many as a thread can have: left to itself the assembler keeps to fewer, and spills.
-        **m.constants(allowed=255),
+        **m.constants(),
     )

@@ -22,6 +22,7 @@ from bam_kernels.backends.triton.launch import (
     cdiv,
     conv_precision,
     device_guard,
+    registers,
     units,
     walk,
     warps,
@@ -241,6 +242,7 @@ def input_gradient(
             BLOCK_H=block_h,
             HIDDEN_BLOCKS=hidden_blocks,
             num_warps=warps(t.num_warps),
+            **registers(255, t.num_warps),
             num_stages=t.num_stages,
         )
         jobs = []

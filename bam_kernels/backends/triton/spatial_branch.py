@@ -156,7 +156,7 @@ def launch_project(
         **(NO_PARTIALS if partials is None else partials.arguments()),
         **arguments,
         **rest,
-        **m.constants(allowed=255),
+        **m.constants(),
     )
 
 

@@ -279,7 +279,7 @@ def spatial_branch_backward(
             FINAL_BATCH_STATS=final is not None and final.batch_stats,
             BLOCK_T=m.block_t,
             **norm_arguments(hidden[-1]),
-            **m.constants(allowed=255),
+            **m.constants(),
         )
         for i in reversed(range(len(weights))):
             settled = None if sums is None else settle(sums, m, m.hidden, centred=False)
@@ -340,6 +340,6 @@ def _norm_backward(
         BATCH_STATS=norm.batch_stats,
         BLOCK_T=m.block_t,
         **known,
-        **m.constants(allowed=255),
+        **m.constants(),
     )
     return dz

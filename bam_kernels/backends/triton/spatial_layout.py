@@ -137,20 +137,21 @@ class Map:
             memory_format=fmt,
         )
 
-    def constants(self, allowed: int | None = None) -> dict[str, object]:
+    def constants(self) -> dict[str, object]:
         """The compile-time arguments that every kernel of the branch has.
 
-        `allowed` is what a thread may take of registers, in place of what the table says.
+        A thread may take as many registers as there are, unless the table says less: left to
+        itself the assembler keeps to fewer, on one target or another, and spills for it.
         """
-        most = allowed or self.tile.registers
+        num_warps = self.tile.num_warps
         return {
             "CHANNELS_LAST": self.channels_last,
             "ACC": accumulator(self.dtype),
             "BLOCK_P": self.tile.block_p,
             "BLOCK_H": self.block_h,
-            "num_warps": self.tile.num_warps,
+            "num_warps": num_warps,
             "num_stages": self.tile.num_stages,
-            **({} if most is None else registers(most, self.tile.num_warps)),
+            **registers(self.tile.registers or 255, num_warps),
         }
 
     @property
