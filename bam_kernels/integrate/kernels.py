@@ -5,6 +5,8 @@
     model = kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cuda")
 
 Nothing is downloaded: the layers are those of the installed package.
+
+The tests run on kernels where it is installed, else on a double of its documented protocol.
 """
 
 from __future__ import annotations

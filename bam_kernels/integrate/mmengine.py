@@ -7,6 +7,8 @@
 Importing this module registers "BAM" and "BAMSqueezeExcite" in ``mmengine.registry.MODELS``, the
 root that the registries of mmdet, mmseg and mmpretrain fall back to. Both are built as plugins are,
 with ``in_channels=``; the layer's name in the block is "bam" or "se", with the config's postfix.
+
+The tests run on mmengine where it is installed, else on a double of its documented protocol.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ ultralytics hands a layer that it does not know its arguments as they stand, and
 have the channels of its input. It reads an argument that is the name of one of its own variables as
 that variable: ``c2`` is the output channels of the row above, scaled by the model's width; ``ch``
 all rows' channels, and ``f`` the row's `from`. So nothing need be counted.
+
+The tests run on ultralytics where it is installed, else on a double of its documented protocol.
 """
 
 from __future__ import annotations

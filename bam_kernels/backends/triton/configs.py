@@ -282,7 +282,7 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
         return Tile(32, 64, 16, 1)
     if hidden > 32:
         return Tile(32, 64, 8, 2)
-    return Tile(64, 64, 16 if hidden > 16 else 4, 1)
+    return Tile(64, 64, 16 if hidden > 16 else 8, 1)
 
 
 def _spatial_branch(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
