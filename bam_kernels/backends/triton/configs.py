@@ -282,7 +282,8 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
         return Tile(32, 64, 16, 1)
     if hidden > 32:
         return Tile(32, 64, 8, 2)
-    return Tile(64, 64, 16 if hidden > 16 else 8, 1)
+    # Left to itself the assembler keeps to fewer registers on some targets, and spills for it.
+    return Tile(64, 64, 16, 1) if hidden > 16 else Tile(64, 64, 8, 1, registers=255)
 
 
 def _spatial_branch(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:

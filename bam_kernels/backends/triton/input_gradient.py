@@ -242,8 +242,7 @@ def input_gradient(
             BLOCK_H=block_h,
             HIDDEN_BLOCKS=hidden_blocks,
             num_warps=warps(t.num_warps),
-            # Of 16 warps a thread has at most 128 in any case, and spills where it is told so.
-            **(registers(255, t.num_warps) if t.num_warps <= 8 else {}),
+            **({} if t.registers is None else registers(t.registers, t.num_warps)),
             num_stages=t.num_stages,
         )
         jobs = []
