@@ -55,6 +55,7 @@ VARIANTS = [
     *(("float32", False, size, layout, "official", "training")
       for size in SITES[1:] for layout in (NCHW, LAST)),
     ("bfloat16", True, SITES[0], LAST, "official", "training"),
+    ("float16", True, SITES[2], LAST, "paper", "training"),
     # Frozen norms, whose statistics are known; small batches, whose sums are left in parts.
     ("float16", True, SITES[0], NCHW, "official", "frozen"),
     ("float32", True, SITES[2], LAST, "paper", "frozen"),

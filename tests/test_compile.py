@@ -268,7 +268,7 @@ def metered(**options: object) -> Iterator[Callable[[Callable], tuple[Moved, obj
     tile = configs.Tile(128, 256, 4, 1)
     # The mode of `measure` would otherwise turn compiled code off.
     transparent = mock.patch.object(
-        traffic._Recorder, "ignore_compile_internals", classmethod(lambda cls: True)
+        traffic.Recorder, "ignore_compile_internals", classmethod(lambda cls: True)
     )
     with (
         fresh_inductor_cache(),

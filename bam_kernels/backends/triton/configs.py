@@ -293,7 +293,7 @@ def _spatial_branch(itemsize: int, hidden: int, channels_last: bool, precision: 
         return Tile(0, 16, 8, 1) if hidden > 64 else Tile(0, 32, 4, 1)
     if itemsize == 2:
         if hidden > 32:
-            return Tile(0, 64, 8, 1) if channels_last else Tile(0, 32, 8, 1)
+            return Tile(0, 64, 4, 1) if channels_last else Tile(0, 32, 8, 1)
         if hidden > 16:
             return Tile(0, 32, 4, 1) if channels_last else Tile(0, 64, 8, 1)
         return Tile(0, 64, 8, 1) if channels_last else Tile(0, 128, 4, 1)
