@@ -55,6 +55,14 @@ def cpp_library() -> Path | None:
     return Path(named).absolute() if named else None
 
 
+def replay() -> bool:
+    """``BAM_KERNELS_REPLAY``: whether launches are kept and replayed, as they are unless it is 0.
+
+    Read when the Triton backend is imported.
+    """
+    return os.environ.get("BAM_KERNELS_REPLAY", "1") != "0"
+
+
 def triton_interpret() -> bool:
     """``TRITON_INTERPRET``, Triton's own: whether its kernels are interpreted on the CPU.
 

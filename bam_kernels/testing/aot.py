@@ -139,9 +139,10 @@ def without_launches(target: str, launched: Callable[[Any], object]) -> Iterator
     """
     if reason := is_available():
         raise RuntimeError(f"cannot compile ahead of time: {reason}")
+    from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
-    original_run = JITFunction.run
+    original_run, original_getitem = JITFunction.run, CompiledKernel.__getitem__
 
     @functools.wraps(original_run)
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -153,12 +154,15 @@ def without_launches(target: str, launched: Callable[[Any], object]) -> Iterator
         launched(kernel)
         return kernel
 
+    def getitem(kernel: Any, grid: Any) -> Callable[..., None]:
+        return lambda *args: launched(kernel)
+
     with active_target(target):
-        JITFunction.run = run
+        JITFunction.run, CompiledKernel.__getitem__ = run, getitem
         try:
             yield
         finally:
-            JITFunction.run = original_run
+            JITFunction.run, CompiledKernel.__getitem__ = original_run, original_getitem
 
 
 @contextmanager

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from bam_kernels.backends.triton import configs
 from bam_kernels.backends.triton.device_math import dot
-from bam_kernels.backends.triton.launch import accumulator, accumulator_dtype, cdiv, device_guard
+from bam_kernels.backends.triton.launch import (
+    accumulator,
+    accumulator_dtype,
+    cdiv,
+    device_guard,
+    launch,
+)
+from bam_kernels.backends.triton.replay import replayed
 
 
 @triton.jit
@@ -196,6 +203,7 @@ def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+@replayed
 def channel_mlp_forward(
     pooled: Tensor,
     weight0: Tensor,
@@ -239,7 +247,9 @@ def channel_mlp_forward(
     )
     channel_blocks = cdiv(c, block_c)
     with device_guard(pooled):
-        _channel_mlp_kernel[(cdiv(n, block_n) * channel_blocks,)](
+        launch(
+            _channel_mlp_kernel,
+            (cdiv(n, block_n) * channel_blocks,),
             pooled.contiguous(),
             weight0.contiguous(),
             dense(bias0),

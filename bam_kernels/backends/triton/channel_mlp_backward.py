@@ -20,8 +20,10 @@ from bam_kernels.backends.triton.launch import (
     accumulator_dtype,
     cdiv,
     device_guard,
+    launch,
     registers,
 )
+from bam_kernels.backends.triton.replay import replayed
 
 
 @triton.jit
@@ -236,6 +238,7 @@ def _channel_mlp_backward_in_kernel(
             tl.store(dhidden_beta + at, narrow(total_beta, gamma_type), mask=in_h)
 
 
+@replayed
 def channel_mlp_backward(
     dlogits: Tensor,
     kept: Tensor,
@@ -307,7 +310,9 @@ def channel_mlp_backward(
         **registers(255, num_warps),
     }
     with device_guard(pooled):
-        _channel_mlp_backward_out_kernel[(blocks,)](
+        launch(
+            _channel_mlp_backward_out_kernel,
+            (blocks,),
             dlogits.contiguous(),
             kept,
             weight1.contiguous(),
@@ -329,7 +334,9 @@ def channel_mlp_backward(
             EPS=eps,
             **constants,
         )
-        _channel_mlp_backward_in_kernel[(blocks,)](
+        launch(
+            _channel_mlp_backward_in_kernel,
+            (blocks,),
             dactive,
             kept,
             pooled.contiguous(),

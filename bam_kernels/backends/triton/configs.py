@@ -54,6 +54,11 @@ def override(**tiles: Tile) -> Iterator[None]:
         _overrides.update(previous)
 
 
+def overridden() -> tuple[tuple[str, Tile], ...]:
+    """What `override` has set, as something to compare."""
+    return tuple(_overrides.items()) if _overrides else ()
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 

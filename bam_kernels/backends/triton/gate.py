@@ -24,9 +24,11 @@ from bam_kernels.backends.triton.launch import (
     accumulator_dtype,
     cdiv,
     device_guard,
+    launch,
     units,
     walk,
 )
+from bam_kernels.backends.triton.replay import replayed
 from bam_kernels.backends.triton.sum_splits import Job, sum_splits
 
 _SIZES = ["inner_units", "x_stride_n", "x_stride_outer", "out_stride_n", "out_stride_outer"]
@@ -92,6 +94,7 @@ def _gate_forward_kernel(
     tl.store(out + offsets, narrow(gated, out.dtype.element_ty), mask=mask)
 
 
+@replayed
 def gate_forward(
     x: Tensor, channel: Tensor | None, spatial: Tensor | None, combine: str, residual: bool
 ) -> Tensor:
@@ -102,7 +105,9 @@ def gate_forward(
     t = configs.tile("gate", x.dtype, w.c, w.p, 0, w.channels_last)
     position_tiles, channel_tiles = cdiv(w.p, t.block_p), cdiv(w.c, t.block_c)
     with device_guard(x):
-        _gate_forward_kernel[(w.n * position_tiles * channel_tiles,)](
+        launch(
+            _gate_forward_kernel,
+            (w.n * position_tiles * channel_tiles,),
             x,
             None if channel is None else channel.contiguous(),
             None if spatial is None else spatial.contiguous(),
@@ -207,6 +212,7 @@ def _gate_backward_reduce_kernel(
         tl.store(dspatial + (n * splits + split) * P + columns, ds, mask=in_p)
 
 
+@replayed
 def gate_backward_reduce(
     dout: Tensor, x: Tensor, channel: Tensor | None, spatial: Tensor | None, combine: str
 ) -> tuple[Tensor, Tensor]:
@@ -225,7 +231,9 @@ def gate_backward_reduce(
     if spatial is not None:
         dspatial = torch.empty((w.n, splits, w.p), **partial)
     with device_guard(x):
-        _gate_backward_reduce_kernel[(w.n * splits * position_tiles,)](
+        launch(
+            _gate_backward_reduce_kernel,
+            (w.n * splits * position_tiles,),
             dout,
             x,
             None if channel is None else channel.contiguous(),

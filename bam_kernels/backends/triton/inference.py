@@ -26,10 +26,12 @@ from bam_kernels.backends.triton.launch import (
     cdiv,
     conv_precision,
     device_guard,
+    launch,
     triton_dtype,
 )
 from bam_kernels.backends.triton.mlp_gate import mlp_gate_forward
 from bam_kernels.backends.triton.pool_reduce import Parts, pool_reduce_parts, whole
+from bam_kernels.backends.triton.replay import replayed
 from bam_kernels.backends.triton.spatial_branch import launch_project
 from bam_kernels.backends.triton.spatial_conv import (
     conv_tile,
@@ -144,6 +146,7 @@ def _conv_mlp_kernel(
 # --- launchers ----------------------------------------------------------------------------------
 
 
+@replayed
 def bam_forward(x: Tensor, params: list[Tensor], options: list[int], eps: list[float]) -> Tensor:
     """A whole module whose batch norms have known statistics; x [N, C, H, W], out alike.
 
@@ -297,7 +300,9 @@ def _launch_conv(
     project = module.project if last else None
     final = project.norm if last else None
     programs = m.count + (0 if mlp is None else mlp.programs)
-    _conv_mlp_kernel[(programs,)](
+    launch(
+        _conv_mlp_kernel,
+        (programs,),
         source,
         dense(module.reduce.bias) if splits > 1 else None,
         weight,

@@ -22,11 +22,13 @@ from bam_kernels.backends.triton.launch import (
     cdiv,
     conv_precision,
     device_guard,
+    launch,
     registers,
     units,
     walk,
     warps,
 )
+from bam_kernels.backends.triton.replay import replayed
 from bam_kernels.backends.triton.sum_splits import Job, sum_splits
 
 _SIZES = [
@@ -164,6 +166,7 @@ def _input_gradient_kernel(
                 tl.store(dbias + split * hidden + own_h, db, mask=own_h < hidden)
 
 
+@replayed
 def input_gradient(
     dout: Tensor | None,
     x: Tensor,
@@ -210,7 +213,9 @@ def input_gradient(
         fmt = torch.channels_last if w.channels_last else torch.contiguous_format
         dreduced = dreduced.to(x.dtype).contiguous(memory_format=fmt)
     with device_guard(x):
-        _input_gradient_kernel[(channel_blocks * splits, hidden_blocks if need_dweight else 1)](
+        launch(
+            _input_gradient_kernel,
+            (channel_blocks * splits, hidden_blocks if need_dweight else 1),
             dout,
             x if need_dweight else None,
             None if channel is None or dout is None else channel.contiguous(),

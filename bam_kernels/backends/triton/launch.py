@@ -6,11 +6,15 @@ import contextlib
 import dataclasses
 import functools
 import math
+import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import driver
 
 from bam_kernels import env, layout
@@ -154,3 +158,36 @@ def device_guard(x: Tensor) -> AbstractContextManager:
     if x.device.index == module.current_device():
         return contextlib.nullcontext()
     return module.device(x.device)
+
+
+class _Watchers(threading.local):
+    """What is to hear of this thread's launches (`bam_kernels.backends.triton.replay`)."""
+
+    active: Any = None
+
+
+watch = _Watchers()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """``kernel[grid](*args, **options)``: how every kernel here is launched."""
+    if watch.active is None:
+        kernel[grid](*args, **options)
+        return
+    with _disable_current_modes():  # what the launch does to tensors is no part of what is watched
+        compiled = kernel[grid](*args, **options)
+    watch.active.launched(*_bound(kernel, compiled, grid, args, options))
+
+
+def _bound(
+    kernel: Any, compiled: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: Any
+) -> tuple[Callable[..., object], list[Any]]:
+    """What launches the compiled kernel again, given a value for each parameter; and the values."""
+    names = kernel.arg_names
+    named = dict(zip(names, args, strict=False)) | options
+    values = [named[name] for name in names]
+    if env.triton_interpret():
+        return kernel[grid], values
+    if hasattr(compiled, "result"):  # of a compilation that went on in another thread
+        compiled = compiled.result()
+    return compiled[(*grid, 1, 1)[:3]], values

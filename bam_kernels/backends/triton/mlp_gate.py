@@ -18,6 +18,7 @@ from bam_kernels.backends.triton.launch import (
     accumulator,
     cdiv,
     device_guard,
+    launch,
     registers,
     units,
     walk,
@@ -164,7 +165,9 @@ def mlp_gate_forward(
     (x_stride_n, x_stride_outer), (out_stride_n, out_stride_outer) = units(x, w), units(out, w)
     tiles = cdiv(w.p, t.block_p)
     with device_guard(x):
-        _mlp_gate_kernel[(w.n * splits * blocks,)](
+        launch(
+            _mlp_gate_kernel,
+            (w.n * splits * blocks,),
             x,
             out,
             parts.pooled,

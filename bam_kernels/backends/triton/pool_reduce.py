@@ -18,9 +18,11 @@ from bam_kernels.backends.triton.launch import (
     cdiv,
     conv_precision,
     device_guard,
+    launch,
     units,
     walk,
 )
+from bam_kernels.backends.triton.replay import replayed
 from bam_kernels.backends.triton.sum_splits import Job, sum_splits
 
 _SIZES = ["outer", "inner_units", "x_stride_n", "x_stride_outer"]
@@ -146,7 +148,9 @@ def pool_reduce_parts(x: Tensor, weight: Tensor | None, bias: Tensor | None, poo
     elif hidden:
         reduced = layout.empty_map(x, hidden, x.dtype)
     with device_guard(x):
-        _pool_reduce_kernel[(w.n * splits * position_tiles, hidden_blocks)](
+        launch(
+            _pool_reduce_kernel,
+            (w.n * splits * position_tiles, hidden_blocks),
             x,
             None if weight is None else weight.contiguous(),
             bias.contiguous() if bias is not None and splits == 1 else None,
@@ -201,6 +205,7 @@ def whole(
     return found
 
 
+@replayed
 def pool_reduce_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, pool: bool
 ) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bam_kernels.backends import reference
 from bam_kernels.backends.triton.device_math import narrow
-from bam_kernels.backends.triton.launch import device_guard
+from bam_kernels.backends.triton.launch import device_guard, launch
+from bam_kernels.backends.triton.replay import replayed
 
 _BLOCK = 64
 
@@ -81,6 +82,7 @@ def _update_running_kernel(
         )  # fmt: skip
 
 
+@replayed
 def update_running(
     means: list[Tensor],
     variances: list[Tensor],
@@ -114,4 +116,4 @@ def update_running(
                 arguments += [mean, variance, counter, batch_mean, batch_variance]
                 arguments += [mean.numel(), n, momentum]
             # One warp: of several, one could write the counter before another has read it.
-            _update_running_kernel[(len(some),)](*arguments, BLOCK=_BLOCK, num_warps=1)
+            launch(_update_running_kernel, (len(some),), *arguments, BLOCK=_BLOCK, num_warps=1)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bam_kernels.backends.reference import norm_widths, pairs_size, split_pairs
 from bam_kernels.backends.triton.device_math import map_offsets
-from bam_kernels.backends.triton.launch import accumulator, cdiv, device_guard
+from bam_kernels.backends.triton.launch import accumulator, cdiv, device_guard, launch
+from bam_kernels.backends.triton.replay import replayed
 from bam_kernels.backends.triton.spatial_conv import (
     RUNTIME,
     finish_logits,
@@ -142,7 +143,9 @@ def launch_project(
     arguments = norm_arguments(norm)
     if partials is not None:
         arguments |= {"mean": None, "variance": None}
-    _project_kernel[(m.count,)](
+    launch(
+        _project_kernel,
+        (m.count,),
         source,
         None if partials is None else partials.data,
         None if partials is None else statistics,
@@ -160,6 +163,7 @@ def launch_project(
     )
 
 
+@replayed
 def spatial_branch_forward(
     reduced: Tensor,
     weights: list[Tensor],
@@ -232,7 +236,9 @@ def _normalize_logits(
     out = torch.empty_like(logits)
     settled = settle(partials, m, 1, centred=True)
     total = logits.numel()
-    _normalize_logits_kernel[(cdiv(total, 512),)](
+    launch(
+        _normalize_logits_kernel,
+        (cdiv(total, 512),),
         logits,
         out,
         settled.data,

@@ -15,7 +15,8 @@ from torch import Tensor
 from bam_kernels.backends.reference import norm_widths, pairs_size, split_pairs
 from bam_kernels.backends.triton import configs
 from bam_kernels.backends.triton.device_math import map_offsets, narrow
-from bam_kernels.backends.triton.launch import cdiv, device_guard
+from bam_kernels.backends.triton.launch import cdiv, device_guard, launch
+from bam_kernels.backends.triton.replay import replayed
 from bam_kernels.backends.triton.spatial_branch import launch_project
 from bam_kernels.backends.triton.spatial_conv import (
     launch_conv,
@@ -199,6 +200,7 @@ def _recompute(
     return maps
 
 
+@replayed
 def spatial_branch_backward(
     dlogits: Tensor,
     statistics: Tensor,
@@ -255,7 +257,9 @@ def spatial_branch_backward(
         du, sums = m.empty(), _sums(m, hidden[-1])
         dproject = m.workspace(m.count, m.hidden + 1)
         settled_final = None if final is None else settle(final_sums, m, 1, centred=False)
-        _project_backward_kernel[(m.count,)](
+        launch(
+            _project_backward_kernel,
+            (m.count,),
             maps[-1],
             dlogits,
             du,
@@ -325,7 +329,9 @@ def _norm_backward(
     dz = m.empty() if need_dz else z.new_empty(0)
     known = norm_arguments(norm)
     del known["beta"]
-    _norm_backward_kernel[(m.count if need_dz else 1,)](
+    launch(
+        _norm_backward_kernel,
+        (m.count if need_dz else 1,),
         du,
         z if norm.batch_stats else None,
         dz if need_dz else None,

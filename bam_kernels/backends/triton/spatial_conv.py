@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bam_kernels.backends.triton.device_math import dot, map_offsets, narrow
-from bam_kernels.backends.triton.launch import conv_precision
+from bam_kernels.backends.triton.launch import conv_precision, launch
 from bam_kernels.backends.triton.spatial_layout import NO_PARTIALS, Map, Norm, Partials
 from bam_kernels.backends.triton.spatial_math import (
     affine,
@@ -304,7 +304,7 @@ def launch_conv(
     projection: dict[str, object] | None = None,
 ) -> None:
     """One dilated convolution of relu(norm(source)); `projection` as `projection_arguments`."""
-    _dilated_conv_kernel[(m.count,)](
+    launch(_dilated_conv_kernel, (m.count,),
         **conv_arguments(
             m, source, weight, bias, dilation, norm, partials, statistics, out, out_partials,
             projection,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bam_kernels.backends.triton.device_math import dot, map_offsets, narrow
-from bam_kernels.backends.triton.launch import conv_precision
+from bam_kernels.backends.triton.launch import conv_precision, launch
 from bam_kernels.backends.triton.spatial_conv import norm_arguments, spread
 from bam_kernels.backends.triton.spatial_layout import Map, Norm, Partials
 from bam_kernels.backends.triton.spatial_math import affine, merge_sums, relu, store_sums, tap_mask
@@ -377,7 +377,9 @@ def launch_conv_backward(
     known = norm_arguments(norm)
     del known["beta"]
     # With neither, a program is left that finishes the norm's own gradients.
-    _dilated_conv_backward_kernel[(max(1, data_programs + weight_programs),)](
+    launch(
+        _dilated_conv_backward_kernel,
+        (max(1, data_programs + weight_programs),),
         du,
         z if norm is not None and norm.batch_stats else None,
         None if sums is None else sums.data,

@@ -16,6 +16,7 @@ from bam_kernels.backends.triton.launch import (
     accumulator_dtype,
     cdiv,
     conv_precision,
+    launch,
     registers,
 )
 from bam_kernels.backends.triton.spatial_math import (
@@ -242,7 +243,7 @@ def settle(data: Tensor, m: Map, width: int, centred: bool) -> Partials:
     if m.count <= _MOST_PARTIALS:
         return Partials(data, m.count, m.tiles, m.positions, block)
     merged = m.workspace(2, 1, width)
-    _merge_kernel[(cdiv(width, 16),)](
+    launch(_merge_kernel, (cdiv(width, 16),),
         data, merged, m.n, m.positions, m.tiles, m.count, block, width,
         CENTRED=centred, ACC=accumulator(m.dtype), BLOCK_H=16, BLOCK_T=128, num_warps=8,
     )  # fmt: skip
@@ -253,7 +254,15 @@ def settle(data: Tensor, m: Map, width: int, centred: bool) -> Partials:
 def statistics_of(m: Map, source: Tensor) -> Partials:
     partials = m.workspace(2, m.count, m.hidden)
     constants = m.constants()
-    _statistics_kernel[(m.count,)](
-        source, partials, m.positions, m.tiles, m.count, m.hidden, **constants
+    launch(
+        _statistics_kernel,
+        (m.count,),
+        source,
+        partials,
+        m.positions,
+        m.tiles,
+        m.count,
+        m.hidden,
+        **constants,
     )
     return settle(partials, m, m.hidden, centred=True)

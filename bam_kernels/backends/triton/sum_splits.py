@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bam_kernels.backends.triton.device_math import narrow
-from bam_kernels.backends.triton.launch import cdiv
+from bam_kernels.backends.triton.launch import cdiv, launch
 
 _BLOCK = 256  # a few kilobytes in all: small blocks spread them over the multiprocessors
 _TALL_BLOCK = 16
@@ -144,7 +144,9 @@ def sum_splits(jobs: list[Job]) -> None:
     blocks = [cdiv(job.out.numel(), _TALL_BLOCK if job.tall else _BLOCK) for job in jobs]
     first = _arguments(jobs[0])
     second = _arguments(jobs[-1])
-    _sum_splits_kernel[(sum(blocks),)](
+    launch(
+        _sum_splits_kernel,
+        (sum(blocks),),
         *first,
         *second,
         blocks[0],
