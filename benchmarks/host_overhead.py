@@ -2,13 +2,13 @@
 
     python benchmarks/host_overhead.py --json FILE
 
-Ours runs all of its Python, for a GPU that is not there, and launches nothing; the tensors are small
-and on the CPU. What a launcher decided is kept and replayed, as on a GPU
-(`bam_kernels.backends.triton.replay`); "anew" is the same without that, with all of Triton's Python
-too (arguments bound and specialised, the compiled kernel looked up). Eager is the plain module on
-the same tensors: as many calls into PyTorch as on a GPU, and the arithmetic of a tiny map. None
-holds what the driver takes for a launch, of which ours has fewer. A training step is a forward and
-a backward. Rounds take turns; medians of microseconds a call.
+Ours runs all of its Python, for a GPU that is not there, and launches nothing; the tensors are
+small and on the CPU. What a launcher decided is kept and replayed, as on a GPU
+(`bam_kernels.backends.triton.replay`); "anew" is the same without that, with all of Triton's
+Python too (arguments bound and specialised, the compiled kernel looked up). Eager is the plain
+module on the same tensors: as many calls into PyTorch as on a GPU, and the arithmetic of a tiny
+map. None holds what the driver takes for a launch, of which ours has fewer. A training step is a
+forward and a backward. Rounds take turns; medians of microseconds a call.
 """
 
 from __future__ import annotations

@@ -71,6 +71,27 @@ def predictions() -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def convolutions() -> str:
+    """Where our dilated convolutions are predicted to be the better choice, as shares of a peak."""
+    from bam_kernels.benchmarking import convolutions, cost
+    from bam_kernels.benchmarking.sites import INFERENCE, RESNET50, TRAINING, Site
+
+    machines = [machine for machine in cost.MACHINES if machine.name in ("H200", "A100", "L4")]
+    kinds = [(p, m) for p in ("float16", "tf32", "ieee") for m in machines]
+    header = ["x", "width inside", "mode", *(f"{p} {m.name}" for p, m in kinds)]
+    lines = [header, ["---"] * len(header)]
+    for site in (*RESNET50, Site("layer4", 2048, 7, 7)):
+        for batch, mode in ((1, INFERENCE), (32, INFERENCE), (256, INFERENCE), (256, TRAINING)):
+            size = (batch, site.channels, site.height, site.width)
+            cells = ["x".join(map(str, size)), str(site.channels // 16), mode]
+            for precision, machine in kinds:
+                dtype = "float16" if precision == "float16" else "float32"
+                case = cost.case_of(size, dtype, "channels_last", mode)
+                cells.append(f"{convolutions.break_even(case, machine, precision):.2f}")
+            lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def tolerances() -> str:
     """The table of tests/tolerances.py."""
     found = _load(ROOT / "tests/tolerances.py")
@@ -119,6 +140,7 @@ FILLS: dict[str, Callable[[], str]] = {
     "traffic": traffic,
     "cpu": cpu,
     "predictions": predictions,
+    "convolutions": convolutions,
     "tolerances": tolerances,
     "commands": commands,
     "public": public,

@@ -26,6 +26,8 @@ from bam_kernels.testing.traffic import Traffic
 
 FUSED, EAGER = "fused", "eager"
 KINDS = (FUSED, EAGER)
+LIBRARY = "library"
+"""The fused module, but for a spatial branch behind the reduction of PyTorch's own operators."""
 
 LAUNCH_US = 3.0
 """From the start of a small kernel to that of the next in a full queue, an assumption."""
@@ -89,20 +91,22 @@ def traffic(case: Case, kind: str = FUSED, reduction: int = 16) -> dict[str, Tra
 
     Args:
         case: the shape of x, whether it is inference or training, and the module's preset.
-        kind: "fused", or "eager" for the plain module.
+        kind: "fused", "eager" for the plain module, or "library" (`LIBRARY`).
         reduction: of the module.
 
     Raises:
         ValueError: an unknown kind, or a training step of one sample, which batch norm refuses.
         RuntimeError: Triton is not installed.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    package = bam_kernels if kind == FUSED else reference
+    if kind not in (*KINDS, LIBRARY):
+        raise ValueError(f"kind: expected one of {', '.join((*KINDS, LIBRARY))}, got {kind!r}")
+    package = reference if kind == EAGER else bam_kernels
     shape, training = case.shape, case.mode == TRAINING
     module = package.BAM(
         shape.site.channels, reduction, preset=case.preset, device="meta", dtype=shape.torch_dtype
     ).train(training)
+    if kind == LIBRARY:  # a layer with a hook is called as it is, and so is what goes with it
+        module.spatial.project.register_forward_hook(lambda *_: None)
     x = torch.empty(shape.size, dtype=shape.torch_dtype, device="meta")
     x = x.to(memory_format=shape.memory_format)
     if not training:
