@@ -117,9 +117,7 @@ def ssd(backbone: str, stair: bool, num_classes: int, in_channels: int) -> nn.Mo
                 predictors.module_list[i] = made = nn.Conv2d(each.in_channels, each.out_channels, 1)
                 nn.init.xavier_uniform_(made.weight)
                 nn.init.zeros_(made.bias)
-    return torchvision_ssd.SSD(
-        levels, anchors, (300, 300), num_classes, head=head, **normalisation
-    )
+    return torchvision_ssd.SSD(levels, anchors, (300, 300), num_classes, head=head, **normalisation)
 
 
 def _describe_ssd(name: str, title: str, backbone: str, stair: bool) -> Description:

@@ -28,9 +28,7 @@ class TopDown(nn.Module):
     def __init__(self, widths: Sequence[int], separable: bool = False) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(_layer(width, self.WIDTH, separable) for width in widths)
-        self.smooth = nn.ModuleList(
-            _layer(self.WIDTH, self.WIDTH, separable) for _ in widths[1:]
-        )
+        self.smooth = nn.ModuleList(_layer(self.WIDTH, self.WIDTH, separable) for _ in widths[1:])
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         found = [layer(y) for layer, y in zip(self.lateral, maps, strict=True)]
