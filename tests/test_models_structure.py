@@ -192,6 +192,21 @@ def test_arguments_reach_the_network():
         assert first.in_channels == 4
 
 
+def test_ssd_is_torchvisions():
+    """The detector that torchvision puts together, from the same weights, but for the places."""
+    ours = models.create("ssd300_vgg16", num_classes=4).eval()
+    theirs = torchvision.models.detection.ssd300_vgg16(
+        weights=None, weights_backbone=None, num_classes=4
+    ).eval()
+    state = {k.replace(".features.", ".", 1): v for k, v in ours.state_dict().items()}
+    theirs.load_state_dict(state, strict=True, assign=True)
+    pictures = [torch.rand(3, 50, 70)]
+    with torch.no_grad():
+        (found,), (want,) = ours(pictures), theirs(pictures)
+    assert len(want["boxes"]) > 0
+    torch.testing.assert_close(found, want)
+
+
 def test_detectors_made_on_another_device_have_their_anchors_at_hand():
     """torchvision computes SSD's boxes on the CPU in each forward, from no buffers."""
     model = models.create("ssd300_mobilenet", device="meta")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bam_kernels.models import resnet
 from bam_kernels.models.description import Description
+from bam_kernels.models.layers import initialise
 from bam_kernels.models.mobilenet_v1 import mobilenet_v1_features
 from bam_kernels.models.stairnet import TopDown
 
@@ -89,15 +90,16 @@ def ssd(backbone: str, stair: bool, num_classes: int, in_channels: int) -> nn.Mo
         num_classes: with the background.
         in_channels: of the images.
     """
+    from torchvision.models import vgg
     from torchvision.models.detection import ssd as torchvision_ssd
 
     if backbone == "vgg16":
-        whole = torchvision_ssd.ssd300_vgg16(
-            weights=None, weights_backbone=None, num_classes=num_classes
-        )
-        features, widths, size = whole.backbone, [512, 1024, 512, 256, 256, 256], 3
+        layers = vgg.make_layers(vgg.cfgs["D"])
         if in_channels != 3:
-            features.features[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
+            layers[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
+        initialise(layers)  # as VGG's own; not by way of a VGG, which has 120 million more
+        features = torchvision_ssd.SSDFeatureExtractorVGG(layers, highres=False)
+        widths, size = [512, 1024, 512, 256, 256, 256], 3
         normalisation = {"image_mean": [0.48235, 0.45882, 0.40784], "image_std": [1 / 255] * 3}
     else:
         features, widths = mobilenet_v1_features(in_channels)
