@@ -86,3 +86,21 @@ def labelled(loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         yield images, labels.long()
     if empty:
         raise ValueError("loader: expected at least one image, got none")
+
+
+def images_of(loader: Iterable[Any]) -> Iterator[Tensor]:
+    """The images [N, ...] of a loader's batches, which are those, or tuples that begin with them.
+
+    Raises:
+        TypeError: a batch is something else.
+        ValueError: no image in any.
+    """
+    empty = True
+    for batch in loader:
+        images = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+        if not isinstance(images, Tensor):
+            raise TypeError(f"loader: expected batches of images, got {type(batch).__name__}")
+        empty = empty and not len(images)
+        yield images
+    if empty:
+        raise ValueError("loader: expected at least one image, got none")

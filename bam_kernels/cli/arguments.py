@@ -56,3 +56,10 @@ def unwritable(option: str, path: Path | None) -> str | None:
     if not os.access(folder, os.W_OK):
         return f"{option}: the folder {folder} is not writable"
     return None
+
+
+def taken(option: str, path: Path | None, force: bool) -> str | None:
+    """Why nothing is to be written there: `unwritable`, or a file is there and not to be lost."""
+    if path is not None and path.exists() and not path.is_dir() and not force:
+        return f"{option}: {path} exists; --force writes over it"
+    return unwritable(option, path)
