@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,18 +28,10 @@ def new_figure(size: tuple[float, float]) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG of 256 colours, a third of the bytes; whole or not at all.
+    """As PNG, whole or not at all.
 
     Raises:
         OSError: the file cannot be written.
     """
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    buffer.seek(0)
-    with Image.open(buffer) as picture:
-        small = picture.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
     with replacing(path) as part:
-        small.save(part, format="PNG", optimize=True)
+        figure.savefig(part, format="png", dpi=DPI)

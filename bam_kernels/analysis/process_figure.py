@@ -69,23 +69,24 @@ def draw_process(
         statistics.check({stage.name: _maps(stage) for stage in each})
     kinds = list(_maps(stages[0][0]))
     count = len(stages[0])
-    width, rows = 1.45 * (len(kinds) + 1) + 3.4, len(photos) * count
-    figure = new_figure((width, 1.42 * rows + 1.2))
+    rows = len(photos) * count
+    figure = new_figure((1.45 * (len(kinds) + 1) + 2.6, 1.4 * rows + 1.1))
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.0)
     figure.suptitle(f"The attention process, stage by stage\n{subtitle}".rstrip(), fontsize=11)
-    outer = figure.add_gridspec(len(photos), 1)
-    shown, panels = None, []
+    grid = figure.add_gridspec(
+        rows + 1, len(kinds) + 2,
+        width_ratios=[1.25, *[1.0] * len(kinds), 1.7], height_ratios=[*[1.0] * rows, 0.07],
+    )  # fmt: skip
     for number, (photo, each) in enumerate(zip(photos, stages, strict=True)):
-        ratios = [*[1.0] * (len(kinds) + 1), 1.7]
-        grid = outer[number].subgridspec(count, len(kinds) + 2, width_ratios=ratios)
-        axes = figure.add_subplot(grid[:, 0])
+        first = number * count
+        axes = figure.add_subplot(grid[first : first + count, 0])
         axes.imshow(photo)
         axes.set_title(titles[number] if number < len(titles) else "image", fontsize=8)
         axes.axis("off")
         grey = photo.mean(axis=2)
         for row, stage in enumerate(each):
             for column, kind in enumerate(kinds, start=1):
-                axes = figure.add_subplot(grid[row, column])
-                panels.append(axes)
+                axes = figure.add_subplot(grid[first + row, column])
                 normalized = statistics[stage.name][kind].normalize(_maps(stage)[kind])
                 axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
                 shown = axes.imshow(
@@ -98,8 +99,11 @@ def draw_process(
                     axes.set_title(_TITLES[kind], fontsize=8)
                 if column == 1:
                     axes.set_ylabel(stage.name, fontsize=8)
-            draw_profile(figure.add_subplot(grid[row, -1]), stage, last=row == count - 1)
-    bar = figure.colorbar(shown, ax=panels, location="bottom", shrink=0.8, pad=0.01, aspect=50)
+            _profile(
+                figure.add_subplot(grid[first + row, -1]), stage,
+                first=row == 0, last=row == count - 1,
+            )  # fmt: skip
+    bar = figure.colorbar(shown, cax=figure.add_subplot(grid[-1, 1:-1]), orientation="horizontal")
     bar.set_label(
         "standard deviations from the mean of such maps at this stage over "
         f"{statistics.images} images", fontsize=8,
@@ -112,16 +116,19 @@ def _maps(stage: Stage) -> dict[str, Tensor]:
     return {k: getattr(stage, k) for k in _TITLES if getattr(stage, k) is not None}
 
 
-def draw_profile(axes: Axes, stage: Stage, *, last: bool = True) -> None:
+def _profile(axes: Axes, stage: Stage, *, first: bool, last: bool) -> None:
     """The mean of M over the positions, for channels sampled evenly."""
     chosen = sample_channels(stage.profile.numel())
     axes.plot(chosen.numpy(), stage.profile[chosen].numpy(), linewidth=0.8, color=COLORS[0])
-    axes.set_ylim(0, max(1.0, float(stage.profile.max())))
+    axes.set_ylim(0, 1.15 * max(1.0, float(stage.profile.max())))
     axes.set_xlim(0, stage.profile.numel() - 1)
     axes.set_ylabel("M", fontsize=7)
     axes.yaxis.set_label_position("right")
     axes.yaxis.tick_right()
-    axes.set_title(f"channel profile, {chosen.numel()} of {stage.profile.numel()}", fontsize=7)
+    axes.text(0.01, 0.97, f"{chosen.numel()} of {stage.profile.numel()} channels", fontsize=6,
+              va="top", transform=axes.transAxes)  # fmt: skip
+    if first:
+        axes.set_title("channel profile", fontsize=8)
     if last:
         axes.set_xlabel("channel", fontsize=7)
     axes.tick_params(labelsize=6)
