@@ -11,12 +11,22 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from bam_kernels._version import __version__
-from bam_kernels.cli import analyze, bench, convert, demo, doctor, report, results
+from bam_kernels.cli import (
+    analyze,
+    bench,
+    compare,
+    convert,
+    demo,
+    doctor,
+    paper,
+    report,
+    results,
+)
 from bam_kernels.cli.output import FAILED, USAGE_ERROR
 
 __all__ = ["FAILED", "USAGE_ERROR", "main"]
 
-COMMANDS = (demo, bench, report, doctor, results, convert, analyze)
+COMMANDS = (demo, bench, report, doctor, results, convert, paper, analyze, compare)
 """Modules with ``add_parser(commands)``, which sets ``run(args) -> exit status``."""
 
 
