@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bam_kernels.analysis.attention import attention_maps, attention_modules
 from bam_kernels.analysis.class_means import ClassMeans, images_of, labelled
 from bam_kernels.analysis.figure import Stage
-from bam_kernels.analysis.global_statistics import GlobalStatistics
+from bam_kernels.analysis.map_statistics import GlobalStatistics
 from bam_kernels.analysis.stages import evaluating, matched_stages, watching
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bam_kernels.analysis.drawing import COLORS, new_figure, save
 from bam_kernels.analysis.figure import Stage, resized, sample_channels
-from bam_kernels.analysis.global_statistics import GlobalStatistics
+from bam_kernels.analysis.map_statistics import GlobalStatistics
 from bam_kernels.analysis.process import ClassAttention
 
 if TYPE_CHECKING:

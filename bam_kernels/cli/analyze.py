@@ -204,7 +204,7 @@ def _selectivity(args: argparse.Namespace) -> int:
 
 
 def _maps(args: argparse.Namespace) -> int:
-    from bam_kernels.analysis.global_statistics import GlobalStatistics
+    from bam_kernels.analysis.map_statistics import GlobalStatistics
     from bam_kernels.analysis.process import global_statistics, running
     from bam_kernels.analysis.process_figure import draw_process
 

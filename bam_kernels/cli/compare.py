@@ -29,7 +29,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add = compare.add_argument
     add("--model", default="cifar_resnet50", metavar="NAME",
-        help="of bam_kernels.models, torchvision:NAME or timm:NAME (default: %(default)s)")  # fmt: skip
+        help="one of bam_kernels.models, torchvision:NAME or timm:NAME "
+        "(default: %(default)s)")  # fmt: skip
     add("--attention", nargs="+", choices=networks.ATTENTION[1:],
         default=list(networks.ATTENTION[1:]), help="what is compared (default: all)")  # fmt: skip
     add("--batch", type=arguments.positive, default=8, metavar="N",
@@ -55,7 +56,7 @@ def _compare(args: argparse.Namespace) -> int:
 
     import torch
 
-    from bam_kernels.benchmarking import attention_cost
+    from bam_kernels.benchmarking import attention_cost, attention_cost_report
 
     try:
         size = args.size or networks.input_size(args.model)
@@ -79,12 +80,12 @@ def _compare(args: argparse.Namespace) -> int:
 
         with replacing(args.json) as part:
             part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    header, groups = attention_cost.table(result)
-    print_table(attention_cost.title(result), header, groups, _WIDTH)
+    header, groups = attention_cost_report.table(result)
+    print_table(attention_cost_report.title(result), header, groups, _WIDTH)
     if args.plot is not None:
-        attention_cost.draw(result, args.plot)
+        attention_cost_report.draw(result, args.plot)
         print(f"picture: {args.plot}")
-    wrong = attention_cost.problems(result)
+    wrong = attention_cost_report.problems(result)
     for line in wrong:
         print(f"bam_kernels compare: {line}", file=sys.stderr)
     return FAILED if wrong else 0
