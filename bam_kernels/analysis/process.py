@@ -105,7 +105,8 @@ def running(
         modules: names of BAMs ("layer1.bam"), or globs of them; all unless given.
         baseline: a network of the same stages without BAM.
         baseline_stages: the layers of it that stand beside the BAMs, as many and in their order;
-            unless given its first stages, as `stage_layers` finds them.
+            unless given the model's first BAM stands beside the first of its stages, and so on,
+            as `stage_layers` finds them.
         example_input: for that.
 
     Raises:
@@ -117,12 +118,14 @@ def running(
     if baseline is not None:
         layers = matched_stages(baseline, baseline_stages, example_input)
         if baseline_stages is None:
-            layers = layers[: len(wanted)]
+            # All BAMs stand beside the first stages; those wanted keep theirs.
+            present = list(attention_modules(model))
+            if len(present) <= len(layers):
+                layers = [layers[present.index(name)] for name in wanted]
         if len(layers) != len(wanted):
             raise ValueError(
                 f"baseline: expected {len(wanted)} stages, one a BAM ({', '.join(wanted)}), got "
-                f"{len(layers)} ({', '.join(layers)}); name them with baseline_stages=, or some of "
-                "the BAMs with modules="
+                f"{len(layers)} ({', '.join(layers)}); name them with baseline_stages="
             )
     with contextlib.ExitStack() as stack:
         device = stack.enter_context(evaluating(model))
