@@ -60,7 +60,11 @@ def upernet_resnet50(num_classes: int, in_channels: int) -> nn.Module:
     """
     from segmentation_models_pytorch import UPerNet
 
-    return UPerNet("resnet50", encoder_weights=None, in_channels=in_channels, classes=num_classes)
+    model = UPerNet("resnet50", encoder_weights=None, classes=num_classes)
+    if in_channels != 3:  # its own argument makes the convolution on the CPU, wherever the rest is
+        model.encoder.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+        nn.init.kaiming_normal_(model.encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return model
 
 
 DESCRIPTIONS = (

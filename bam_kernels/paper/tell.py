@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from bam_kernels.paper.compare import NOT_REPRODUCIBLE, Comparison, Entry, summary
+from bam_kernels.paper.comparison import NOT_REPRODUCIBLE, Comparison, Entry, summary
 from bam_kernels.paper.printed import Row
 
 PARAMS_HEADER = ("network", "Params, M", "ours", "")

@@ -10,7 +10,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 from bam_kernels import models
-from bam_kernels.paper.count import Count, count, parameters
+from bam_kernels.paper.counting import Count, count, parameters
 from bam_kernels.paper.printed import Row, rows
 from bam_kernels.paper.reasons import GFLOPS, PARAMS, REASONS
 
