@@ -1,8 +1,7 @@
 """Train a small network with and without BAM, and draw the paper's analysis of both (Sec. 6).
 
-The data are scikit-learn's handwritten digits painted in some colour somewhere on crops of
-photographs: what is to be recognised is a part of the image. Others are held out. Both networks see the
-same images in the same order.
+The data are handwritten digits painted in some colour somewhere on crops of photographs. Other
+digits and photographs are held out. Both networks see the same images in the same order.
 """
 
 from __future__ import annotations

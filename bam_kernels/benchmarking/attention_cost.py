@@ -22,7 +22,7 @@ from bam_kernels.benchmarking import timing
 from bam_kernels.benchmarking.cpu.machine import environment
 from bam_kernels.benchmarking.cpu.memory import torch_peak
 from bam_kernels.benchmarking.sites import INFERENCE, TRAINING
-from bam_kernels.paper.count import count
+from bam_kernels.paper.counting import count
 
 BASELINE = "baseline"
 ATTENTION = ("se", "bam-c", "bam")
