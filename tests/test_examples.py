@@ -16,12 +16,14 @@ from bam_kernels import use_backend
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 NEEDS = {
+    "analyze_attention": ("timm", "sklearn", "skimage", "matplotlib", "tqdm"),
     "detect_boxes": ("torchvision", "sklearn", "PIL", "tqdm"),
     "finetune_classifier": ("torchvision", "sklearn", "tqdm"),
     "segment_shapes": ("segmentation_models_pytorch", "sklearn", "PIL", "tqdm"),
     "super_resolution": ("sklearn", "PIL", "tqdm"),
 }
 TINY = {
+    "analyze_attention": ["--steps=1", "--batch=4", "--size=64"],
     "detect_boxes": ["--steps=1", "--batch=2", "--size=64"],
     "finetune_classifier": ["--steps=1", "--batch=4", "--size=32", "--network=timm:resnet10t"],
     "segment_shapes": ["--steps=2", "--batch=2", "--size=64"],
@@ -53,6 +55,22 @@ def number(text: str, label: str) -> float:
 def test_each_is_listed_and_short():
     assert sorted(NEEDS) == sorted(TINY) == NAMES
     assert all(len(p.read_text().splitlines()) < 150 for p in FOLDER.glob("*.py"))
+
+
+def test_analyze_attention(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "out"
+    arguments = (*TINY["analyze_attention"], f"--output={folder}")
+    out, err = run("analyze_attention", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    for name in ("baseline", "BAM"):
+        assert 0 <= number(out, f"{name}, accuracy on held-out digits and photographs") <= 1
+        assert f"{name}, mean class selectivity: layer1 0." in out and f"{name}: 100%" in err
+    assert len(re.findall(r"mean M on the digits 0\.\d+, beside them 0\.\d+", out)) == 3
+    from PIL import Image
+
+    for picture in ("selectivity", "maps", "profiles"):
+        with Image.open(folder / f"{picture}.png") as drawn:
+            assert min(drawn.size) > 400
+            assert len(drawn.convert("RGB").getcolors(1 << 24)) > 100
 
 
 def test_finetune_classifier(monkeypatch, capsys):
@@ -105,6 +123,8 @@ def test_super_resolution(monkeypatch, capsys, tmp_path):
         *((name, ["--steps=0"], "--steps: expected at least 1, got 0") for name in NAMES),
         *((name, ["--device=abacus"], "--device: ") for name in NAMES),
         *((name, ["--size=7"], "--size: expected at least") for name in NAMES),
+        ("analyze_attention", ["--output=/no/such/folder/x"], "--output: there is no folder"),
+        ("analyze_attention", ["--load", "--output=/tmp"], "--load: there is no /tmp/baseline.pth"),
         ("super_resolution", ["--batch=two"], "--batch: invalid int value: 'two'"),
         ("super_resolution", ["--size=33"], "--size: expected an even number"),
         ("super_resolution", ["--blocks=0"], "--blocks, --channels: expected"),

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 DEVIATIONS = 2.5  # the colour scale's ends, in standard deviations from a stage's mean
 MOST_CLASSES = 12  # whose spatial maps are shown; the heat maps of profiles hold any number
 
+_HEAT = "inferno"  # dark to bright, also to colour-blind readers
+
 _TITLES = {
     "baseline": "baseline's features",
     "before": "features before BAM",
@@ -88,11 +90,7 @@ def draw_process(
             for column, kind in enumerate(kinds, start=1):
                 axes = figure.add_subplot(grid[first + row, column])
                 normalized = statistics[stage.name][kind].normalize(_maps(stage)[kind])
-                axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
-                shown = axes.imshow(
-                    resized(normalized, photo), cmap="viridis", vmin=-DEVIATIONS, vmax=DEVIATIONS,
-                    alpha=0.72,
-                )  # fmt: skip
+                shown = _heat(axes, resized(normalized, photo), grey)
                 axes.set_xticks([])
                 axes.set_yticks([])
                 if row == 0:
@@ -110,6 +108,14 @@ def draw_process(
     )  # fmt: skip
     bar.ax.tick_params(labelsize=8)
     save(figure, path)
+
+
+def _heat(axes: Axes, values: np.ndarray, grey: np.ndarray) -> Any:
+    """A map over its image: what is below the mean lets the image through, what stands out hides
+    it."""
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
+    alpha = ((values + DEVIATIONS) / (2 * DEVIATIONS)).clip(0, 1) * 0.6 + 0.3
+    return axes.imshow(values, cmap=_HEAT, vmin=-DEVIATIONS, vmax=DEVIATIONS, alpha=alpha)
 
 
 def _maps(stage: Stage) -> dict[str, Tensor]:
