@@ -77,7 +77,8 @@ def test_counting_sees_what_hooks_see():
     fused = models.create("cifar_preresnet110", attention="bam-c")
     state = {key: value.clone() for key, value in fused.state_dict().items()}
     assert paper.count(fused, (1, 3, 32, 32)).macs == seen
-    assert fused.training and all(torch.equal(fused.state_dict()[k], v) for k, v in state.items())
+    after = fused.state_dict()
+    assert fused.training and all(torch.equal(after[key], state[key]) for key in state)
     assert not any("forward" in vars(part) for part in fused.modules())
 
 
