@@ -64,8 +64,8 @@ class TexturePatches(Dataset):
 def _photographs() -> list[Tensor]:
     """[1, H, W] in 0 .. 1 each, H and W at most `LARGEST`: larger ones are cut to their centre."""
     from PIL import Image
-    from sklearn import datasets
     from skimage import data
+    from sklearn import datasets
     from torchvision.transforms.functional import to_tensor
 
     folders = [Path(data.__file__).parent] * len(SKIMAGE)
