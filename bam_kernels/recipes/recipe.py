@@ -205,9 +205,9 @@ RECIPES: dict[str, Recipe] = {
             momentum=0.9,
             nesterov=True,
             weight_decay=5e-4,
-            augmentation="a 32x32 patch from anywhere in a training tile, grey, random horizontal "
+            augmentation="a 24x24 patch from anywhere in a training tile, grey, random horizontal "
             "flip, then as for evaluation",
-            evaluation="a 32x32 patch of a test tile, grey, of mean 0 and standard deviation 1",
+            evaluation="a 24x24 patch of a test tile, grey, of mean 0 and standard deviation 1",
         ),
     )
 }

@@ -2,7 +2,7 @@
 
 The photographs are those that scikit-image and scikit-learn ship in their packages. Each is cut
 into tiles of 64x64 pixels in a checkerboard: patches of the dark squares are for training, those of
-the light ones for testing, so that no pixel is in both. A patch is 32x32, grey, and brought to mean
+the light ones for testing, so that no pixel is in both. A patch is 24x24, grey, and brought to mean
 0 and standard deviation 1: neither colour nor brightness nor contrast tells, only structure.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-TILE, PATCH, LARGEST = 64, 32, 512
+TILE, PATCH, LARGEST = 64, 24, 512
 TRAIN_PATCHES, TEST_PATCHES = 96, 48
 """A photograph's in an epoch, drawn anew each time; and in the test set, the same always."""
 
@@ -30,7 +30,7 @@ CLASSES = tuple(Path(name).stem for name in SKIMAGE + SKLEARN)
 
 
 class TexturePatches(Dataset):
-    """Items are (patch [1, 32, 32] float32, class); training ones are drawn by torch's generator.
+    """Items are (patch [1, 24, 24] float32, class); training ones are drawn by torch's generator.
 
     Args:
         train: random patches of the training tiles, or the fixed ones of the test tiles.
