@@ -27,9 +27,9 @@ def toys(monkeypatch):
     """The toy recipe, for the time of a test; on plain PyTorch, not Triton's interpreter."""
     from bam_kernels.recipes import networks
 
-    for place in (data.DATASETS, networks.SMALL, RECIPES):
-        for name in ("toy", "toy_resnet", "toy_groups"):
-            monkeypatch.setitem(place, name, None)
+    monkeypatch.setattr(data, "DATASETS", dict(data.DATASETS))
+    monkeypatch.setattr(networks, "SMALL", dict(networks.SMALL))
+    monkeypatch.setitem(RECIPES, "toy", None)  # imported by name in many places: put back
     recipe_toys.register()
     with use_backend("reference"):
         yield
@@ -277,15 +277,37 @@ def test_tensorboard_has_each_epoch_once(tmp_path):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_amp(amp, seed, tmp_path):
-    """Near float32, not equal to it; and a resumed run is one that was not stopped."""
-    words = ["--attention=bam", "--reduction=4", f"--seed={seed}"]
-    toy(tmp_path / "float", "--epochs=1", *words)
+    """Near float32, not equal to it; weights stay float32."""
+    words = ["--attention=bam", "--reduction=4", f"--seed={seed}", "--epochs=1", "--batch=36"]
+    toy(tmp_path / "float", *words)
     toy(tmp_path / "amp", f"--amp={amp}", *words)
     full, half = rows(tmp_path / "float")[0]["train_loss"], rows(tmp_path / "amp")[0]["train_loss"]
     assert full != half and half == pytest.approx(full, rel=0.05)
     content = checkpoint.load(tmp_path / "amp" / "checkpoint.pth")
-    assert all(v.dtype != torch.float16 for v in content["model"].values())
+    assert all(v.dtype in (torch.float32, torch.int64) for v in content["model"].values())
     assert bool(content["scaler"]) == (amp == "fp16")
+
+
+def test_a_scaler_is_resumed(seed, tmp_path, monkeypatch):
+    """Stopped between checkpoint and metrics.csv."""
+    from bam_kernels.recipes.folder import RunFolder
+
+    words = ["--amp=fp16", f"--seed={seed}", "--epochs=2", "--batch=36"]
+    toy(tmp_path / "whole", *words)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "write_metrics", stop)
+        toy(tmp_path / "broken", *words, status=130)
+    assert not (tmp_path / "broken/metrics.csv").exists()
+    toy(tmp_path / "broken", *words, "--resume")
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    ours, theirs = (checkpoint.load(tmp_path / x / "checkpoint.pth") for x in ("broken", "whole"))
+    assert ours["scaler"] == theirs["scaler"] and ours["scaler"]["scale"] > 0
+    for key, value in theirs["model"].items():
+        assert torch.equal(ours["model"][key], value), key
 
 
 def test_a_whole_run_is_resumed_without_a_step_and_extended_by_none(tmp_path):

@@ -30,8 +30,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "imagenet")  # fmt: skip
     add("--model", metavar="NAME", help="the network (default: the recipe's)")
     add("--reduction", type=arguments.positive, default=4,
-        help="r of SE and BAM: 4, the default, since the small network is 8 times narrower than "
-        "the paper's; 16 there")  # fmt: skip
+        help="r of SE and BAM: 4, the default, since the small network's stages are 16 to 64 wide; "
+        "16 in the paper, where they are 256 and more")  # fmt: skip
     add("--seeds", type=arguments.positive, default=5, metavar="N",
         help="runs of each (default: %(default)s)")  # fmt: skip
     add("--epochs", type=arguments.positive, metavar="N", help="(default: the recipe's)")

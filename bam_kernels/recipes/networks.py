@@ -17,11 +17,11 @@ from bam_kernels.recipes.errors import RecipeError
 SMALL: dict[str, Description] = {
     "small_resnet": Description(
         "small_resnet",
-        "a ResNet-14 for small images: three stages of two basic blocks, 32, 64 and 128 wide",
+        "He et al.'s CIFAR ResNet with two blocks a stage: 16, 32 and 64 wide behind a stem of 64",
         "digits",
         (32, 32),
         10,
-        functools.partial(ResNet, Shape((2, 2, 2), bottleneck=False, outputs=32, cifar=True)),
+        functools.partial(ResNet, Shape((2, 2, 2), bottleneck=False, outputs=16, cifar=True)),
     )
 }
 """Not the paper's; BAMs go where the paper puts them in a ResNet of three stages."""

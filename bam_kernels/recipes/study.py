@@ -26,6 +26,9 @@ from bam_kernels.recipes import checkpoint
 from bam_kernels.recipes.errors import RecipeError
 from bam_kernels.recipes.recipe import Recipe
 
+PROGRAM = (sys.executable, "-m", "bam_kernels")
+"""What runs ``train``."""
+
 VARIANTS: dict[str, str | None] = {"baseline": None, "+SE": "se", "+BAM-C": "bam-c", "+BAM": "bam"}
 """By name, the attention (Tables 2, 3 and 10)."""
 
@@ -85,7 +88,7 @@ class Study:
     def command(self, name: str, seed: int) -> list[str]:
         """The ``train`` command of a run, which goes on where there is something to go on with."""
         recipe, folder = self.recipe, self.folder(name, seed)
-        words = [sys.executable, "-m", "bam_kernels", "train", f"--recipe={recipe.name}"]
+        words = [*PROGRAM, "train", f"--recipe={recipe.name}"]
         words += [f"--model={self.model}", f"--attention={VARIANTS[name] or 'none'}"]
         words += [f"--{key}={value}" for key, value in self.options(name).items()]
         words += [f"--epochs={recipe.epochs}", f"--batch={recipe.batch}", f"--lr={recipe.lr!r}"]
