@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import pickle
 from pathlib import Path
 
@@ -115,6 +117,21 @@ def test_a_folder_with_another_run(tmp_path, capsys):
     assert (tmp_path / "mine/metrics.csv").read_text() == "mine"
     toy(tmp_path / "run", "--epochs=1", "--force")
     assert content(tmp_path) != before
+
+
+def test_a_folder_that_a_process_trains_in(tmp_path, capsys):
+    toy(tmp_path, "--epochs=1")
+    before = content(tmp_path)
+    words = ["--recipe=toy", "--device=cpu", "--epochs=1", f"--out={tmp_path}"]
+    handle = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # as a run holds it
+        for more in ("--resume", "--force"):
+            refused(capsys, "another process trains in", *words, more)
+    finally:
+        os.close(handle)
+    assert content(tmp_path) == before
+    toy(tmp_path, "--epochs=1", "--resume")
 
 
 def test_checkpoints(tmp_path, capsys):

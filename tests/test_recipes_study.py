@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,7 @@ __all__ = ["toys"]  # a fixture of every test here
 class Here:
     """`subprocess.Popen` of a ``train`` command, run in this process before it returns."""
 
-    def __init__(self, words, *, env=None, stdout=None, stderr=None, **others) -> None:
-        if others:  # git's, of the commit
-            raise OSError("no other program in this test")
+    def __init__(self, words, env, stdout, stderr) -> None:
         assert words[:3] == list(study.PROGRAM) and env["OMP_NUM_THREADS"] == "1"
         before = sys.stderr
         sys.stderr = stderr
@@ -47,24 +45,22 @@ class Here:
         return self.returncode
 
 
+def in_this_process(monkeypatch, popen) -> None:
+    monkeypatch.setattr(study, "subprocess", types.SimpleNamespace(Popen=popen))
+
+
 def words(out: Path, *more: object) -> list[str]:
     return ["--recipe=toy", "--epochs=1", f"--out={out}", "--processes=2", *map(str, more)]
 
 
-def test_a_study_of_processes(tmp_path, monkeypatch, capfd):
-    """The command itself, in a process, and its runs in theirs."""
-    program = (
-        "import sys; sys.path.insert(0, 'tests'); import recipe_toys; recipe_toys.register();"
-        "from bam_kernels.recipes import study; from bam_kernels.cli import main;"
-        f"study.PROGRAM = ({sys.executable!r}, {recipe_toys.__file__!r}); sys.exit(main())"
-    )
-    command = [sys.executable, "-c", program, "study", *words(tmp_path, "--seeds=1")]
-    root = Path(recipe_toys.__file__).resolve().parent.parent
-    done = subprocess.run(
-        command, cwd=root, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("test error") == 4
+def test_a_study_of_processes(tmp_path, monkeypatch, capsys):
+    """Its runs in processes of their own, two at a time."""
+    monkeypatch.setattr(study, "PROGRAM", (sys.executable, recipe_toys.__file__))
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run("study", *words(tmp_path, "--seeds=1"))
+    assert capsys.readouterr().err.count("test error") == 4
     found = json.loads((tmp_path / "study.json").read_text())
     assert [each["variant"] for each in found["variants"]] == ["baseline", "+SE", "+BAM-C", "+BAM"]
     assert found["commit"] and found["versions"]["torch"] and found["machine"]["cpu"]
@@ -75,7 +71,7 @@ def test_a_study_of_processes(tmp_path, monkeypatch, capfd):
 
 
 def test_a_study_goes_on_and_grows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study.subprocess, "Popen", Here)
+    in_this_process(monkeypatch, Here)
     seconds = {name: [0.5] for name in study.VARIANTS}
     monkeypatch.setattr(study, "step_seconds", lambda plan: seconds)
     run("study", *words(tmp_path, "--seeds=1"))
@@ -101,7 +97,7 @@ def test_a_study_goes_on_and_grows(tmp_path, monkeypatch, capsys):
 
 
 def test_a_failing_run_is_told_and_the_rest_is_kept(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study.subprocess, "Popen", Here)
+    in_this_process(monkeypatch, Here)
     bad = tmp_path / "runs/bam-0"
     bad.mkdir(parents=True)
     (bad / "metrics.csv").write_text("mine")
@@ -118,14 +114,14 @@ def test_a_failing_run_is_told_and_the_rest_is_kept(tmp_path, monkeypatch, capsy
                 words = [*words, "--batch=1000"]
             super().__init__(words, *args, **kwargs)
 
-    monkeypatch.setattr(study.subprocess, "Popen", Failing)
+    in_this_process(monkeypatch, Failing)
     capsys.readouterr()
     assert cli.main(["study", *words(tmp_path, "--seeds=1")]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "error: the run +BAM, seed 0: bam_kernels train: error: --batch: expected" in told
     assert not (tmp_path / "study.json").exists()
     kept = content(tmp_path / "runs/se-0")
-    monkeypatch.setattr(study.subprocess, "Popen", Here)
+    in_this_process(monkeypatch, Here)
     run("study", *words(tmp_path, "--seeds=1", "--resume"))
     assert content(tmp_path / "runs/se-0") == kept and (tmp_path / "study.json").exists()
 

@@ -98,7 +98,8 @@ def _train(args: argparse.Namespace) -> int:
     from bam_kernels.recipes import DivergedError, RecipeError
     from bam_kernels.recipes.distributed import group
     from bam_kernels.recipes.engine import Precision
-    from bam_kernels.recipes.run import Place, Settings, run
+    from bam_kernels.recipes.run import run
+    from bam_kernels.recipes.settings import Place, Settings
 
     try:
         recipe = _recipe(args)

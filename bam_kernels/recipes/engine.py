@@ -57,11 +57,16 @@ class Precision:
 
     Attributes:
         amp: None for float32, "bf16" or "fp16".
-        channels_last: the memory format of the images; the model has its own.
+        channels_last: the memory format of images and weights.
     """
 
     amp: str | None = None
     channels_last: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of images and weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """The context of a forward."""
@@ -71,8 +76,7 @@ class Precision:
 
     def place(self, images: Tensor, targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Both on the device."""
-        form = torch.channels_last if self.channels_last else torch.contiguous_format
-        images = images.to(device, non_blocking=True, memory_format=form)
+        images = images.to(device, non_blocking=True, memory_format=self.memory_format)
         return images, targets.to(device, non_blocking=True)
 
 

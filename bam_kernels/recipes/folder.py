@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +36,37 @@ class RunFolder:
         self.metrics = path / "metrics.csv"
         self.timing = path / "timing.csv"
         self.tensorboard = path / "tensorboard"
+        self._handle: int | None = None
+
+    def _lock(self) -> str | None:
+        """Keep other processes from the folder, until `close` or this one's end, however it comes;
+        why that cannot be, in words, where another one is here."""
+        if self._handle is not None or not self.path.is_dir():
+            return None
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                os.close(handle)
+                return f"--out: another process trains in {self.path}"
+            # A file system without locks: two runs in one folder are the user's to avoid.
+        self._handle = handle
+        return None
+
+    def close(self) -> None:
+        """Let other processes write here."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
     def problem(self, settings: dict[str, Any], *, resume: bool, force: bool) -> str | None:
         """Why a run with these settings cannot write here, in words; None where it can."""
         if self.path.exists() and not self.path.is_dir():
             return f"--out: expected a folder, got the file {self.path}"
+        busy = self._lock()
+        if busy is not None:
+            return busy
         if resume and force:
             return "--resume, --force: expected at most one of the two, got both"
         here = self.settings.exists() or self.checkpoint.exists()
@@ -70,6 +99,9 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            busy = self._lock()
+            if busy is not None:
+                raise RecipeError(busy)
             if not resume:
                 for file in (self.checkpoint, self.metrics, self.timing):
                     file.unlink(missing_ok=True)
@@ -85,8 +117,9 @@ class RunFolder:
         with replacing(self.metrics) as part:
             part.write_text(csv_text(rows), encoding="utf-8")
 
-    def add_timing(self, row: Row) -> None:
-        """A row at the end of timing.csv."""
+    def add_timing(self, epoch: int, seconds: float, images: int) -> None:
+        """A row at the end of timing.csv: an epoch's training, without its evaluation."""
+        row = {"epoch": epoch, "seconds": seconds, "images_per_second": images / seconds}
         new = not self.timing.exists()
         with self.timing.open("a", encoding="utf-8", newline="") as file:
             file.write(csv_text([row], header=new))

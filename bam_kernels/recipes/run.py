@@ -3,87 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
-from bam_kernels.recipes import checkpoint, data, order
+from bam_kernels.recipes import data, order
 from bam_kernels.recipes.distributed import Group
-from bam_kernels.recipes.engine import Precision, evaluate, train_epoch
+from bam_kernels.recipes.engine import Scores, evaluate, train_epoch
 from bam_kernels.recipes.errors import DivergedError, RecipeError
 from bam_kernels.recipes.folder import Row, RunFolder
 from bam_kernels.recipes.networks import Network
 from bam_kernels.recipes.progress import progress, say
-from bam_kernels.recipes.recipe import Recipe
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides a run's numbers.
-
-    Attributes:
-        recipe: the hyper-parameters.
-        model: one of `bam_kernels.recipes.networks.names`.
-        attention: None, "bam", "bam-c", "se" or "block".
-        options: of the attention's module.
-        seed: of the weights, the order of the images and their augmentation.
-        precision: see `Precision`.
-        sync_bn: whether batch statistics are those of all processes' images together.
-    """
-
-    recipe: Recipe
-    model: str
-    attention: str | None = None
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    seed: int = 0
-    precision: Precision = dataclasses.field(default_factory=Precision)
-    sync_bn: bool = False
-
-    def record(self) -> dict[str, Any]:
-        """As JSON and checkpoints hold it."""
-        return {
-            "recipe": self.recipe.record(),
-            "model": self.model,
-            "attention": self.attention,
-            "options": dict(self.options),
-            "seed": self.seed,
-            "precision": dataclasses.asdict(self.precision),
-            "sync_bn": self.sync_bn,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """What decides where and how fast a run is, and not its numbers.
-
-    Attributes:
-        out: the run's folder.
-        data: the data set's folder; None where it comes with a package.
-        resume: go on with the run in `out`.
-        force: write over the run in `out`.
-        workers: processes that load images.
-        download: let torchvision fetch the data set.
-        tensorboard: log there as well.
-        benchmark: let cuDNN choose its fastest algorithms, which need not be deterministic.
-        log_every: steps between lines of progress where stderr is no terminal; 0: none.
-    """
-
-    out: Path
-    data: Path | None = None
-    resume: bool = False
-    force: bool = False
-    workers: int = 0
-    download: bool = False
-    tensorboard: bool = False
-    benchmark: bool = False
-    log_every: int = 0
+from bam_kernels.recipes.settings import Place, Settings
+from bam_kernels.recipes.state import State
 
 
 def run(settings: Settings, place: Place, group: Group) -> list[Row]:
@@ -102,111 +39,75 @@ def run(settings: Settings, place: Place, group: Group) -> list[Row]:
         RecipeError: see its message; nothing was overwritten.
         DivergedError: the loss is no longer a number.
     """
-    recipe = settings.recipe
+    recipe, precision = settings.recipe, settings.precision
     folder = RunFolder(place.out)
-    problem = None
-    if group.first:
-        record = settings.record()
-        problem = folder.problem(record, resume=place.resume, force=place.force)
-    group.agree(problem)
-    if settings.sync_bn and (group.world == 1 or group.device.type == "cpu"):
-        raise RecipeError("--sync-bn: expected several processes, on GPUs, got one, or CPUs")
-    writer = _writer(folder, place, group)
-    loaded = _data(settings, place, group)
-    network = Network(
-        settings.model,
-        settings.attention,
-        loaded.num_classes,
-        loaded.in_channels,
-        settings.options,
-    )
-    torch.manual_seed(order.seed_of("weights", settings.seed))
-    model = network.build()
-    if settings.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    form = torch.channels_last if settings.precision.channels_last else torch.contiguous_format
-    model = model.to(group.device, memory_format=form)
-    pin = group.device.type == "cuda"
-    share = {"rank": group.rank, "world": group.world, "workers": place.workers, "pin": pin}
-    loader, batches = order.train_loader(loaded.train, recipe.batch, settings.seed, **share)
-    test = order.evaluation_loader(loaded.test, max(1, recipe.batch // group.world), **share)
-
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(
-        optimizer, list(recipe.milestones), recipe.gamma
-    )
-    scaler = torch.amp.GradScaler(group.device.type, enabled=settings.precision.amp == "fp16")
-    rows: list[Row] = []
-    if place.resume and folder.checkpoint.exists():
-        rows = _restore(folder, model, optimizer, scheduler, scaler)
-    if group.first:
-        folder.begin(settings.record(), resume=place.resume)
-        if rows:
-            folder.write_metrics(rows)
-    group.wait()
-
-    parallel = model
-    if group.world > 1:
-        ids = [group.device.index] if group.device.type == "cuda" else None
-        parallel = DistributedDataParallel(model, device_ids=ids)
-    with _deterministic(place.benchmark), writer(len(rows)) as write:
-        for epoch in range(len(rows), recipe.epochs):
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if group.first:
+            stack.callback(folder.close)
+            record = settings.record()
+            problem = folder.problem(record, resume=place.resume, force=place.force)
+        group.agree(problem)
+        if settings.sync_bn and (group.world == 1 or group.device.type == "cpu"):
+            raise RecipeError("--sync-bn: expected several processes, on GPUs, got one, or CPUs")
+        board = _board(folder, place, group)
+        loaded = _data(settings, place, group)
+        loader, batches, test = _loaders(loaded, settings, place, group)
+        network = Network(
+            settings.model,
+            settings.attention,
+            loaded.num_classes,
+            loaded.in_channels,
+            settings.options,
+        )
+        state = State.fresh(settings, network, group.device)
+        if place.resume and folder.checkpoint.exists():
+            state.restore(folder.checkpoint)
+        if group.first:
+            folder.begin(settings.record(), resume=place.resume)
+            if state.rows:
+                folder.write_metrics(state.rows)
+        group.wait()
+        model = _parallel(state.model, group)
+        stack.enter_context(_deterministic(place.benchmark))
+        log = stack.enter_context(board(len(state.rows)))
+        for epoch in range(len(state.rows), recipe.epochs):
             begin = time.perf_counter()
             torch.manual_seed(order.seed_of("epoch", settings.seed, epoch, group.rank))
             batches.epoch = epoch
-            lr = optimizer.param_groups[0]["lr"]
-            with progress(
-                f"epoch {epoch + 1}/{recipe.epochs}",
-                len(batches),
-                every=place.log_every,
-                shown=group.first,
-            ) as tell:
+            lr = state.optimizer.param_groups[0]["lr"]
+            title = f"epoch {epoch + 1}/{recipe.epochs}"
+            with progress(title, len(batches), every=place.log_every, shown=group.first) as tell:
                 trained = train_epoch(
-                    parallel, loader, optimizer, scaler, settings.precision, group, tell
+                    model, loader, state.optimizer, state.scaler, precision, group, tell
                 )
+            seconds = time.perf_counter() - begin
             if not math.isfinite(trained.loss):
                 raise DivergedError(
                     f"the loss is {trained.loss} in epoch {epoch + 1}; a smaller --lr may help"
                 )
-            seconds = time.perf_counter() - begin
-            scheduler.step()
-            group.same_buffers(model)
-            tested = evaluate(model, test, settings.precision, group)
-            row: Row = {
-                "epoch": epoch + 1,
-                "lr": lr,
-                "train_loss": trained.loss,
-                "train_top1_error": trained.top1_error,
-                "test_loss": tested.loss,
-                "test_top1_error": tested.top1_error,
-                "test_top5_error": tested.top5_error,
-            }
-            rows.append(row)
+            state.scheduler.step()
+            group.same_buffers(state.model)
+            tested = evaluate(state.model, test, precision, group)
+            state.rows.append(_row(epoch, lr, trained, tested))
             if group.first:
-                checkpoint.save(
-                    folder.checkpoint,
-                    settings=settings.record(),
-                    network=network.record(),
-                    model=model.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    scheduler=scheduler.state_dict(),
-                    scaler=scaler.state_dict(),
-                    epoch=epoch + 1,
-                    rows=rows,
-                )
-                folder.write_metrics(rows)
-                images = len(batches) * recipe.batch
-                folder.add_timing(
-                    {"epoch": epoch + 1, "seconds": seconds, "images_per_second": images / seconds}
-                )
-                write(row)
-    return rows
+                state.save(folder.checkpoint, settings, network)
+                folder.write_metrics(state.rows)
+                folder.add_timing(epoch + 1, seconds, len(batches) * recipe.batch)
+                log(state.rows[-1])
+    return state.rows
+
+
+def _row(epoch: int, lr: float, trained: Scores, tested: Scores) -> Row:
+    return {
+        "epoch": epoch + 1,
+        "lr": lr,
+        "train_loss": trained.loss,
+        "train_top1_error": trained.top1_error,
+        "test_loss": tested.loss,
+        "test_top1_error": tested.top1_error,
+        "test_top5_error": tested.top5_error,
+    }
 
 
 def _data(settings: Settings, place: Place, group: Group) -> data.Data:
@@ -222,40 +123,50 @@ def _data(settings: Settings, place: Place, group: Group) -> data.Data:
             group.wait()
 
 
-def _restore(
-    folder: RunFolder,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-) -> list[Row]:
-    found = checkpoint.load(folder.checkpoint)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    for name, part in parts.items():
-        try:
-            part.load_state_dict(found[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            told = str(error).splitlines()[0]
-            raise RecipeError(f"{folder.checkpoint}: its {name} does not fit: {told}") from error
-    return found["rows"]
+def _loaders(
+    loaded: data.Data, settings: Settings, place: Place, group: Group
+) -> tuple[DataLoader, order.EpochBatches, DataLoader]:
+    """Of training, with what decides its order, and of testing."""
+    batch = settings.recipe.batch
+    share = {
+        "rank": group.rank,
+        "world": group.world,
+        "workers": place.workers,
+        "pin": group.device.type == "cuda",
+    }
+    loader, batches = order.train_loader(loaded.train, batch, settings.seed, **share)
+    test = order.evaluation_loader(loaded.test, max(1, batch // group.world), **share)
+    return loader, batches, test
+
+
+def _parallel(model: nn.Module, group: Group) -> nn.Module:
+    """The model, or DDP around it."""
+    if group.world == 1:
+        return model
+    ids = [group.device.index] if group.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids)
 
 
 @contextlib.contextmanager
 def _deterministic(benchmark: bool) -> Iterator[None]:
     """The same numbers in every run on the same machine, unless cuDNN is to choose by its clock."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    was = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    chose = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = benchmark
     torch.use_deterministic_algorithms(not benchmark, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=warn)
-        torch.backends.cudnn.benchmark = before[1]
+        torch.use_deterministic_algorithms(was, warn_only=warned)
+        torch.backends.cudnn.benchmark = chose
 
 
-def _writer(folder: RunFolder, place: Place, group: Group) -> Callable:
-    """Makes the context in which a row goes to stderr, and to TensorBoard where it is asked for.
+def _board(
+    folder: RunFolder, place: Place, group: Group
+) -> Callable[[int], contextlib.AbstractContextManager[Callable[[Row], None]]]:
+    """Makes, of the number of epochs that are done, the context in which a row goes to stderr, and
+    to TensorBoard where it is asked for.
 
     Raises:
         RecipeError: TensorBoard is not installed.
@@ -267,23 +178,23 @@ def _writer(folder: RunFolder, place: Place, group: Group) -> Callable:
             raise RecipeError("--tensorboard needs tensorboard: pip install tensorboard") from error
 
     @contextlib.contextmanager
-    def writer(done: int) -> Iterator[Callable[[Row], None]]:
+    def board(done: int) -> Iterator[Callable[[Row], None]]:
         if not (place.tensorboard and group.first):
             yield _say
             return
         # What an interrupted run logged of the epoch that is repeated is dropped.
-        with SummaryWriter(str(folder.tensorboard), purge_step=done + 1) as board:
+        with SummaryWriter(str(folder.tensorboard), purge_step=done + 1) as writer:
 
-            def write(row: Row) -> None:
+            def log(row: Row) -> None:
                 _say(row)
                 for name, value in row.items():
                     if name != "epoch":
-                        board.add_scalar(name, value, int(row["epoch"]))
-                board.flush()
+                        writer.add_scalar(name, value, int(row["epoch"]))
+                writer.flush()
 
-            yield write
+            yield log
 
-    return writer
+    return board
 
 
 def _say(row: Row) -> None:

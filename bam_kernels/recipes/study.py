@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -174,6 +175,8 @@ def train_all(study: Study, tell: Callable[[int, str | None], None]) -> None:
     waiting = [each for each in study.runs() if not study.done(*each)]
     running: dict[tuple[str, int], subprocess.Popen] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": str(study.threads)}
+    # A terminated study takes its runs along, as an interrupted one does.
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
             while waiting and len(running) < study.processes:
@@ -195,6 +198,7 @@ def train_all(study: Study, tell: Callable[[int, str | None], None]) -> None:
                 tell(_epochs_done(study), f"{each[0]}, seed {each[1]}: test error {error:.2f} %")
             tell(_epochs_done(study), None)
     finally:
+        signal.signal(signal.SIGTERM, handler)
         for process in running.values():
             process.terminate()
             process.wait()
