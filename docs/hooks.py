@@ -111,6 +111,14 @@ def public() -> str:
     return "\n\n".join(f"::: bam_kernels.{name}" for name in names)
 
 
+def paper() -> str:
+    """The paper's tables of parameters and GFLOPs, each figure beside ours."""
+    from bam_kernels import paper
+    from bam_kernels.paper import tell
+
+    return tell.document(paper.compare(paper.TABLES))
+
+
 def _drawing(name: str) -> Callable[[], str]:
     return lambda: _load(ROOT / "docs/drawings.py").svg(name)
 
@@ -121,6 +129,7 @@ FILLS: dict[str, Callable[[], str]] = {
     "predictions": predictions,
     "tolerances": tolerances,
     "commands": commands,
+    "paper": paper,
     "public": public,
     "forward": _drawing("forward"),
     "backward": _drawing("backward"),

@@ -11,12 +11,23 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from bam_kernels._version import __version__
-from bam_kernels.cli import bench, convert, demo, doctor, evaluate, report, results, study, train
+from bam_kernels.cli import (
+    bench,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    paper,
+    report,
+    results,
+    study,
+    train,
+)
 from bam_kernels.cli.output import FAILED, USAGE_ERROR
 
 __all__ = ["FAILED", "USAGE_ERROR", "main"]
 
-COMMANDS = (demo, train, evaluate, study, bench, report, doctor, results, convert)
+COMMANDS = (demo, train, evaluate, study, paper, bench, report, doctor, results, convert)
 """Modules with ``add_parser(commands)``, which sets ``run(args) -> exit status``."""
 
 

@@ -14,8 +14,14 @@ Places = tuple[Mapping[str, Any], ...]
 BOTTLENECKS: Places = ({"at": "bottlenecks"},)
 """The end of each stage, right before the next one's downsampling (Sec. 3, Fig. 1)."""
 
-BLOCKS: Places = ({"at": "blocks"},)
-"""Every block's output (Table 2, BAM-C)."""
+BLOCKS: Places = ({"after": ["*.refine"]},)
+"""Inside of every block (Table 2, BAM-C): what its convolutions put out, before the shortcut joins.
+
+There SENet has its module (Hu et al., 2018, Fig. 3). Behind the addition, where
+``insert_bam(at="blocks")`` has it, the shortcut's values would be scaled once more by each block:
+by 1.5 in a fresh BAM, 0.5 in a fresh SqueezeExcite. CIFAR's ResNet-101 + BAM-C then begins with
+values of 5e5, which fp16 has not, and + SE with a stem's gradient 500 times the plain network's.
+"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ def conv(c_in: int, c_out: int, size: int, stride: int = 1, groups: int = 1) -> 
 def initialise(model: nn.Module) -> None:
     """He et al., "Delving Deep into Rectifiers", ICCV 2015: normal with a variance of 2 / fan_out.
 
+    fan_out is C_out * k * k whatever the groups, as in the ResNeXt authors' code and torchvision's.
     Convolutions alone; batch norms begin as 1 and 0, linear layers as nn.Linear's, already.
     """
     for part in model.modules():

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from bam_kernels.models import attention as attentions
-from bam_kernels.models import resnet
+from bam_kernels.models import detection, libraries, preactivation, resnet, srresnet
 from bam_kernels.models.description import Description
 
-_FAMILIES = (resnet,)
+_FAMILIES = (resnet, preactivation, libraries, srresnet, detection)
 _BY_NAME = {each.name: each for family in _FAMILIES for each in family.DESCRIPTIONS}
 
 

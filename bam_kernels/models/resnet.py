@@ -31,11 +31,12 @@ class Basic(nn.Module):
         self.conv1, self.bn1 = conv(c_in, width, 3, stride, groups), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv(width, width, 3, 1, groups), nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
+        self.refine = nn.Sequential()  # where "bam-c" and "se" go; as torchvision, it has no keys
         self.downsample = _shortcut(c_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
+        y = self.refine(self.bn2(self.conv2(y)))
         return self.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -61,12 +62,13 @@ class Bottleneck(nn.Module):
         self.conv2, self.bn2 = conv(width, width, 3, 1, groups), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = conv(width, c_out, 1), nn.BatchNorm2d(c_out)
         self.relu = nn.ReLU(inplace=True)
+        self.refine = nn.Sequential()  # where "bam-c" and "se" go; as torchvision, it has no keys
         self.downsample = _shortcut(c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
+        y = self.refine(self.bn3(self.conv3(y)))
         return self.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
