@@ -106,6 +106,17 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def provenance(data: dict[str, Any]) -> str:
+    """What a study was run with, in a line."""
+    settings, machine = data["settings"], data["machine"]
+    recipe = settings["recipe"]
+    return (
+        f"{settings['model']}, r = {settings['reduction']}, {recipe['epochs']} epochs, "
+        f"{settings['seeds']} seeds, {data['test_images']} test images, {machine['cpu']}, torch "
+        f"{data['versions']['torch']}, commit {data['commit'][:12]}, {data['date_utc'][:10]}"
+    )
+
+
 def write(path: Path, data: dict[str, Any]) -> None:
     """A study's JSON."""
     with replacing(path) as part:
