@@ -18,15 +18,20 @@ from bam_kernels.cli import (
     convert,
     demo,
     doctor,
+    evaluate,
     paper,
     report,
     results,
+    study,
+    train,
 )
 from bam_kernels.cli.output import FAILED, USAGE_ERROR
 
 __all__ = ["FAILED", "USAGE_ERROR", "main"]
 
-COMMANDS = (demo, bench, report, doctor, results, convert, paper, analyze, compare)
+COMMANDS = (
+    demo, train, evaluate, study, analyze, paper, compare, bench, report, doctor, results, convert,
+)  # fmt: skip
 """Modules with ``add_parser(commands)``, which sets ``run(args) -> exit status``."""
 
 
