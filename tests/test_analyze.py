@@ -146,6 +146,39 @@ def test_profiles(folder, tmp_path, capsys):
     assert size_of(out)[0] > 900 and "layer3.bam" in capsys.readouterr().out
 
 
+def trained(path: Path, attention: str | None, channels: int = 3) -> Path:
+    """A checkpoint as train writes it."""
+    from bam_kernels.recipes import checkpoint, networks
+
+    network = networks.Network("small_resnet", attention, 3, channels)
+    rest: dict[str, dict] = {key: {} for key in ("optimizer", "scheduler", "scaler")}
+    settings = {"recipe": {"dataset": "cifar100"}}
+    checkpoint.save(path, settings=settings, network=network.record(), epoch=1, rows=[],
+                    model=network.build().state_dict(), **rest)  # fmt: skip
+    return path
+
+
+def test_checkpoints_of_train_say_their_network(folder, tmp_path, capsys):
+    bam, plain = trained(tmp_path / "bam.pth", "bam"), trained(tmp_path / "plain.pth", None)
+    options = ("--device=cpu", "--images", folder, "--json", tmp_path / "x.json", "--force")
+    nets = ("--checkpoint", bam, "--baseline", plain)
+    assert run("selectivity", *nets, *options, "--out", tmp_path / "x.png") == 0
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["what"].startswith("small_resnet + BAM (bam.pth), 8 images")
+    assert list(found["networks"]) == ["baseline", "BAM"]
+    capsys.readouterr()
+    for arguments, message in (
+        (("--checkpoint", plain), "model: expected one with a BAM"),
+        (("--checkpoint", trained(tmp_path / "grey.pth", "bam", 1)), "a network of colour images"),
+        (("--checkpoint", tmp_path / "none.pth"), "there is no such checkpoint"),
+        ((), "expected --model NAME, or --checkpoint FILE of the command train"),
+    ):
+        assert run("profiles", *arguments, *options, "--out", tmp_path / "y.png") == 2
+        err = capsys.readouterr().err.splitlines()
+        assert message in err[-1] and len([x for x in err if not x.startswith("...")]) == 1
+        assert not (tmp_path / "y.png").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -159,6 +192,8 @@ def test_profiles(folder, tmp_path, capsys):
          "layer1.bam."),
         (["--checkpoint", "{weights}/bam.pth", "--classes=4"], "another network: fc.weight is "
          "[3, 512], not [4, 512]"),
+        (["--model=torchvision:resnet18", "--classes=3", "--attention=none", "--checkpoint",
+          "{weights}/bam.pth"], "besides (--model, --attention and --classes say"),
         (["--checkpoint", "{weights}/bam.pth", "--attention=se"], "besides (--model, --attention"),
         (["--checkpoint", "{tmp}/numbers.pth"], "holds no state dict"),
         (["--model=torchvision:resnet"], "--model torchvision:resnet: "),
@@ -202,6 +237,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--attention=none"], "model: expected one with a BAM or SqueezeExcite"),
         (["--pick=corrected"], "--pick corrected: expected --baseline"),
         (["--modules", "layer9.bam"], "modules: expected names among layer1.bam"),
         (["--statistics", "{tmp}/none.json"], "none.json: cannot be read"),

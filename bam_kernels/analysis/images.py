@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Mean and standard deviation of the channels, which networks are mostly trained with."""
+from bam_kernels.recipes.data import IMAGENET_STATISTICS
 
 
 class ImagesError(Exception):
@@ -28,8 +27,8 @@ class Preparation:
     """
 
     size: int
-    mean: tuple[float, float, float] = IMAGENET[0]
-    std: tuple[float, float, float] = IMAGENET[1]
+    mean: tuple[float, ...] = IMAGENET_STATISTICS[0]
+    std: tuple[float, ...] = IMAGENET_STATISTICS[1]
 
     def __call__(self, image: Any) -> Tensor:
         from torchvision.transforms.v2 import functional as transform

@@ -13,7 +13,7 @@ from bam_kernels.cli import arguments, networks
 from bam_kernels.cli.output import error, print_table, tracked
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 _PACKAGES = {"torchvision": "torchvision", "matplotlib": "matplotlib", "PIL": "pillow"}
 
@@ -69,10 +69,11 @@ def _subcommand(
 ) -> argparse.ArgumentParser:
     parser = kinds.add_parser(name, help=what, description=f"Draw {what}. {details}")
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME",
-        help="one of bam_kernels.models, torchvision:NAME or timm:NAME")  # fmt: skip
-    add("--attention", choices=networks.ATTENTION[1:], default="bam",
-        help="what the network has, at the paper's places (default: %(default)s)")  # fmt: skip
+    add("--model", metavar="NAME",
+        help="one of bam_kernels.models, torchvision:NAME or timm:NAME; a checkpoint of train "
+        "says it by itself")  # fmt: skip
+    add("--attention", choices=networks.ATTENTION, default="bam",
+        help="what a network by NAME has, where the paper puts it (default: bam)")  # fmt: skip
     add("--checkpoint", type=Path, metavar="FILE",
         help="the network's weights (default: random ones: the mechanism alone)")  # fmt: skip
     if name != "profiles":
@@ -83,13 +84,13 @@ def _subcommand(
     add("--json", type=Path, metavar="FILE", help="write the numbers there")
     add("--force", action="store_true", help="write over files that exist")
     add("--classes", type=arguments.positive, metavar="N",
-        help="of the network (default: its data set's)")  # fmt: skip
+        help="of the network by NAME (default: its data set's)")  # fmt: skip
     add("--size", type=arguments.positive, metavar="PIXELS",
         help="images are resized to it and cropped (default: the network's, or 224)")  # fmt: skip
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
-        help="subtracted from images in 0 to 1 (default: ImageNet's)")  # fmt: skip
+        help="subtracted from images in 0 to 1 (default: of the network's data set)")  # fmt: skip
     add("--std", type=arguments.above_zero, nargs=3, metavar=("R", "G", "B"),
-        help="divided by (default: ImageNet's)")  # fmt: skip
+        help="divided by (default: of the network's data set)")  # fmt: skip
     add("--batch", type=arguments.positive, default=32, metavar="N",
         help="images at once (default: %(default)s)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
@@ -139,30 +140,25 @@ class _Setting:
     def __init__(self, args: argparse.Namespace) -> None:
         from bam_kernels.analysis import images
 
-        self.size = args.size or networks.input_size(args.model)
         self.device = networks.device_of(args.device)
-        given = {"mean": args.mean, "std": args.std}
-        given = {name: tuple(v) for name, v in given.items() if v is not None}
-        prepare = images.Preparation(self.size, **given)
+        given = {"num_classes": args.classes, "size": args.size}
+        network = networks.load(
+            args.model, args.attention, args.checkpoint, "--checkpoint", **given
+        )
+        self.model, self.baseline, self.size = network.module.to(self.device), None, network.size
+        if getattr(args, "baseline", None) is not None:
+            beside = networks.load(args.model, "none", args.baseline, "--baseline", **given)
+            self.baseline = beside.module.to(self.device)
+        mean, std = network.statistics
+        prepare = images.Preparation(self.size, tuple(args.mean or mean), tuple(args.std or std))
         self.images = images.Images(args.images, prepare)
-        self.example = (1, 3, self.size, self.size)
-        self.model = self._network(args, args.attention, args.checkpoint, "--checkpoint")
-        self.baseline = None
-        path = getattr(args, "baseline", None)
-        if path is not None:
-            self.baseline = self._network(args, "none", path, "--baseline")
         self.loader = self.images.loader(args.batch)
+        self.example = (1, 3, self.size, self.size)
+        plain = network.attention == "none"
+        self.name = "no attention" if plain else network.attention.upper()
         weights = "random weights" if args.checkpoint is None else args.checkpoint.name
-        self.title = f"{args.model} + {args.attention.upper()} ({weights})"
-        self.subtitle = f"{self.title}, {len(self.images)} images of {args.images.resolve().name}"
-
-    def _network(
-        self, args: argparse.Namespace, attention: str, path: Path | None, option: str
-    ) -> nn.Module:
-        made = networks.build(args.model, attention, num_classes=args.classes, size=self.size)
-        if path is not None:
-            networks.load_weights(made, path, option)
-        return made.to(self.device)
+        title = f"{network.name}{', ' if plain else ' + '}{self.name} ({weights})"
+        self.subtitle = f"{title}, {len(self.images)} images of {args.images.resolve().name}"
 
     def batches(self, description: str):
         return tracked(self.loader, description)
@@ -178,7 +174,7 @@ def _selectivity(args: argparse.Namespace) -> int:
             f"{args.images}: expected a folder of images in it for each of 2 classes or more"
         )
     nets = {"baseline": setting.baseline} if setting.baseline is not None else {}
-    nets[args.attention.upper()] = setting.model
+    nets[setting.name] = setting.model
     found = {
         name: class_selectivity(
             net, setting.batches(name), stages=args.stages, example_input=setting.example

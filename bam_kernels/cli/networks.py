@@ -5,6 +5,7 @@ NAME is one of `bam_kernels.models`, or ``torchvision:NAME`` or ``timm:NAME``.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,12 +24,87 @@ class NetworkError(Exception):
     """A network that cannot be had; one line."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network, with what a command has to know of it.
+
+    Attributes:
+        module: itself.
+        name: as ``--model`` takes it.
+        attention: one of `ATTENTION`, or "block".
+        size: the side, in pixels, of the images that it runs on.
+        statistics: mean and standard deviation of those images' channels, in 0 to 1.
+    """
+
+    module: nn.Module
+    name: str
+    attention: str
+    size: int
+    statistics: tuple[tuple[float, ...], tuple[float, ...]]
+
+
 def input_size(spec: str) -> int:
     """The side, in pixels, of the images that a network of `bam_kernels.models` is meant for; of
     others 224."""
     from bam_kernels import models
 
     return models.get(spec).input_size[0] if spec in models.names() else 224
+
+
+def _statistics(dataset: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    from bam_kernels.recipes import data
+
+    return data.CIFAR_STATISTICS if dataset == "cifar100" else data.IMAGENET_STATISTICS
+
+
+def load(
+    spec: str | None,
+    attention: str,
+    checkpoint: Path | None,
+    option: str,
+    *,
+    num_classes: int | None = None,
+    size: int | None = None,
+) -> Network:
+    """The network that a command line says, with the checkpoint's weights.
+
+    Args:
+        spec: the NAME; None where a checkpoint of ``train`` says it.
+        attention: of a network by NAME.
+        checkpoint: None for random weights.
+        option: that gave the checkpoint, for messages.
+        num_classes, size: as in `build`.
+
+    Raises:
+        NetworkError: no such network, no such checkpoint, or one of another network.
+    """
+    if spec is not None:
+        from bam_kernels import models
+
+        side = size or input_size(spec)
+        made = build(spec, attention, num_classes=num_classes, size=side)
+        if checkpoint is not None:
+            load_weights(made, checkpoint, option)
+        dataset = models.get(spec).dataset if spec in models.names() else "imagenet"
+        return Network(made, spec, attention, side, _statistics(dataset))
+    if checkpoint is None:
+        raise NetworkError("expected --model NAME, or --checkpoint FILE of the command train")
+    from bam_kernels.recipes import RecipeError, evaluation, networks
+
+    try:
+        made, content = evaluation.load_network(checkpoint)
+    except RecipeError as error:
+        raise NetworkError(f"{option}: {error} (of another's, --model says the network)") from error
+    record, dataset = content["network"], content["settings"]["recipe"]["dataset"]
+    if record["in_channels"] != 3:
+        raise NetworkError(
+            f"{option}: expected a network of colour images, got one of {record['in_channels']} "
+            "channel; bam_kernels.analysis takes any"
+        )
+    described = networks.SMALL.get(record["name"])
+    side = size or (described.input_size[0] if described else input_size(record["name"]))
+    kind = record["attention"] or "none"
+    return Network(made, record["name"], kind, side, _statistics(dataset))
 
 
 def build(
