@@ -96,6 +96,12 @@ def commands() -> str:
             if isinstance(action, argparse._SubParsersAction):
                 for name, each in action.choices.items():
                     parts.append(f"## {name}\n\n```text\n{each.format_help().strip()}\n```")
+                    parts += [
+                        f"### {name} {inner}\n\n```text\n{sub.format_help().strip()}\n```"
+                        for nested in each._actions
+                        if isinstance(nested, argparse._SubParsersAction)
+                        for inner, sub in nested.choices.items()
+                    ]
     finally:
         if before is None:
             del os.environ["COLUMNS"]

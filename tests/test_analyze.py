@@ -185,6 +185,7 @@ def test_checkpoints_of_train_say_their_network(folder, tmp_path, capsys):
         (["--images", "{tmp}/none"], "no such folder: {tmp}/none"),
         (["--images", "{tmp}/empty"], "{tmp}/empty: no images"),
         (["--images", "{tmp}/broken"], "cannot read the image {tmp}/broken/a/1.png"),
+        (["--images", "{tmp}/broken", "--workers=1"], "cannot read the image {tmp}/broken/a/1.png"),
         (["--images", "{tmp}/flat"], "{tmp}/flat: expected a folder of images in it for each of 2"),
         (["--checkpoint", "{tmp}/none.pth"], "--checkpoint: no such file: {tmp}/none.pth"),
         (["--checkpoint", "{tmp}/noise.pth"], "--checkpoint: {tmp}/noise.pth: cannot be read"),
@@ -230,6 +231,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     lines = [line for line in err.splitlines() if not line.startswith("...")]
     assert not out and len(lines) == 1, err
     assert lines[0].startswith("bam_kernels analyze selectivity: error: ")
+    assert "Traceback" not in lines[0]
     assert message.format(**places) in lines[0]
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bam_kernels.recipes.data import IMAGENET_STATISTICS
+from bam_kernels.recipes.errors import RecipeError
 
 
-class ImagesError(Exception):
-    """A folder or an image that cannot be used; one line."""
+class ImagesError(RecipeError):
+    """A folder or an image that cannot be used; one line, also from a worker process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +85,9 @@ class Images(Dataset):
         path, label = self.samples[index]
         return self.prepare(read(path)), label
 
-    def loader(self, batch: int) -> DataLoader:
-        """In order, each image once."""
-        return DataLoader(self, batch_size=batch)
+    def loader(self, batch: int, workers: int = 0) -> DataLoader:
+        """In order, each image once; read by so many processes, or by this one."""
+        return DataLoader(self, batch_size=batch, num_workers=workers)
 
 
 def read(path: Path) -> Any:

@@ -93,6 +93,8 @@ def _subcommand(
         help="divided by (default: of the network's data set)")  # fmt: skip
     add("--batch", type=arguments.positive, default=32, metavar="N",
         help="images at once (default: %(default)s)")  # fmt: skip
+    add("--workers", type=arguments.whole, default=0, metavar="N",
+        help="processes that read images (default: 0, this one)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.set_defaults(run=lambda args: _checked(name, run, args))
     return parser
@@ -152,7 +154,7 @@ class _Setting:
         mean, std = network.statistics
         prepare = images.Preparation(self.size, tuple(args.mean or mean), tuple(args.std or std))
         self.images = images.Images(args.images, prepare)
-        self.loader = self.images.loader(args.batch)
+        self.loader = self.images.loader(args.batch, args.workers)
         self.example = (1, 3, self.size, self.size)
         plain = network.attention == "none"
         self.name = "no attention" if plain else network.attention.upper()
