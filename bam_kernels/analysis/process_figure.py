@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bam_kernels.analysis.drawing import COLORS, new_figure, save
 from bam_kernels.analysis.figure import Stage, resized, sample_channels
 from bam_kernels.analysis.map_statistics import GlobalStatistics
 from bam_kernels.analysis.process import ClassAttention
+from bam_kernels.drawing import COLORS, new_figure, save
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +107,7 @@ def draw_process(
         f"{statistics.images} images", fontsize=8,
     )  # fmt: skip
     bar.ax.tick_params(labelsize=8)
-    save(figure, path)
+    save(figure, path, dpi=90)
 
 
 def _heat(axes: Axes, values: np.ndarray, grey: np.ndarray) -> Any:
@@ -197,13 +197,13 @@ def draw_class_attention(
         _bar(figure, image, axes, "M")
         axes = figure.add_subplot(grid[2, column])
         _tiles(figure, axes, attention.spatial[present], names)
-    save(figure, path)
+    save(figure, path, dpi=90)
 
 
 def _spread(axes: Axes, chosen: Tensor, profiles: Tensor, channels: int) -> None:
     x = chosen.numpy()
     lowest, highest = profiles.min(dim=0).values, profiles.max(dim=0).values
-    axes.fill_between(x, lowest.numpy(), highest.numpy(), color=COLORS[1], alpha=0.45, linewidth=0,
+    axes.fill_between(x, lowest.numpy(), highest.numpy(), color=COLORS[5], alpha=0.45, linewidth=0,
                       label="lowest to highest class")  # fmt: skip
     axes.plot(x, profiles.mean(dim=0).numpy(), color=COLORS[0], linewidth=0.8,
               label="mean over classes")  # fmt: skip

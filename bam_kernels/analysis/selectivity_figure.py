@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bam_kernels.analysis.drawing import COLORS, GREY, new_figure, save
 from bam_kernels.analysis.selectivity import Selectivity
+from bam_kernels.drawing import COLORS, GREY, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BINS = 20  # of width 0.05
+_NETWORKS = (COLORS[0], COLORS[5], *COLORS[1:5])  # the first two are the farthest apart
 
 
 def draw_selectivity(
@@ -77,7 +78,7 @@ def draw_selectivity(
     bar = figure.colorbar(image, ax=axes[1:, :], fraction=0.02, pad=0.01)
     bar.set_label("mean activity / highest", fontsize=8)
     bar.ax.tick_params(labelsize=8)
-    save(figure, path)
+    save(figure, path, dpi=90)
 
 
 def _shared(names: list[str]) -> str:
@@ -87,7 +88,7 @@ def _shared(names: list[str]) -> str:
 
 def _distributions(ax: Axes, indices: Mapping[str, Tensor]) -> None:
     edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
-    for (name, found), color in zip(indices.items(), COLORS, strict=False):
+    for (name, found), color in zip(indices.items(), _NETWORKS, strict=False):
         if not len(found):
             continue
         shares = torch.histogram(found.clamp(0, 1), edges).hist / len(found)

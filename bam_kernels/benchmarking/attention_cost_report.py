@@ -64,7 +64,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         ImportError: there is no matplotlib.
         OSError: the file cannot be written.
     """
-    from bam_kernels.analysis.drawing import COLORS, GREY, new_figure, save
+    from bam_kernels.drawing import COLORS, GREY, new_figure, save
 
     panels = {
         "inference": f"{INFERENCE} median_ms",
@@ -76,7 +76,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     rows = [row for row in result["rows"] if row["attention"] != BASELINE]
     names = list(dict.fromkeys(row["attention"] for row in rows))
     for ax, (what, ratio) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for offset, kind, color in ((-0.2, FUSED, COLORS[0]), (0.2, EAGER, COLORS[4])):
+        for offset, kind, color in ((-0.2, FUSED, COLORS[0]), (0.2, EAGER, COLORS[1])):
             told = {r["attention"]: r["ratios"].get(ratio) for r in rows if r["kind"] == kind}
             at = [(names.index(n) + offset, v) for n, v in told.items() if v is not None]
             bars = ax.bar([x for x, _ in at], [y for _, y in at], 0.36, color=color, label=kind)
@@ -90,4 +90,4 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure.axes[0].set_ylabel("over the network without attention", fontsize=8)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, ncols=2, loc="outside lower center")
-    save(figure, path)
+    save(figure, path, dpi=90)

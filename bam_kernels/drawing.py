@@ -1,4 +1,4 @@
-"""What the pictures of the analysis share: figures without a display, colours, files."""
+"""What all pictures share: figures without a display, colours, files. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from bam_kernels.files import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's blue and vermilion, which colour-blind readers tell apart; more of theirs follow.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
 GREY = "#555555"
-DPI = 90
 
 
 def new_figure(size: tuple[float, float]) -> Figure:
@@ -27,11 +26,11 @@ def new_figure(size: tuple[float, float]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = 130) -> None:
     """As PNG, whole or not at all.
 
     Raises:
         OSError: the file cannot be written.
     """
     with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=DPI)
+        figure.savefig(part, format="png", dpi=dpi)
