@@ -103,7 +103,10 @@ def test_bams_stand_where_the_paper_has_them(name):
 
 @pytest.mark.parametrize("name", EVERY_BLOCK)
 def test_every_block_has_one(name):
-    for attention, kind in (("bam-c", BAM), ("se", SqueezeExcite)):
+    kinds = {"bam-c": BAM, "se": SqueezeExcite}
+    if name != "resnet18":  # they stand in the same places
+        kinds.pop("se")
+    for attention, kind in kinds.items():
         found = attentions(models.create(name, attention=attention, device="meta"))
         assert len(found) == BLOCKS[name] and {type(m) for m in found.values()} == {kind}
     if name in EXTRA_BLOCK:  # in a residual block, before the shortcut joins
@@ -215,6 +218,9 @@ def test_nothing_is_imported_before_it_is_needed():
         ({"attention": True}, TypeError, "attention: expected None or a str, got bool True"),
         ({"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
         ({"num_classes": 2.0}, TypeError, "num_classes: expected an int, got float 2.0"),
+        ({"device": "gpu"}, ValueError, "device: expected a torch.device or its name, got 'gpu'"),
+        ({"dtype": torch.int8}, TypeError, "dtype: expected a floating-point .* got torch.int8"),
+        ({"dtype": "float32"}, TypeError, "dtype: expected a floating-point .* got 'float32'"),
         ({"in_channels": True}, TypeError, "in_channels: expected an int, got bool True"),
         ({"reduction": 8}, TypeError, "reduction: without attention takes no such option"),
         ({"attention": "block", "dilation": 2}, TypeError, "dilation: attention='block' takes no"),

@@ -21,8 +21,9 @@ from bam_kernels.models.stairnet import TopDown
 def faster_rcnn(shape: resnet.Shape, num_classes: int, in_channels: int) -> nn.Module:
     """torchvision's Faster R-CNN (Ren et al., 2015) on a ResNet with a feature pyramid.
 
-    The paper (Sec. 5.5) does not say which maps of its ResNet-101 it detects on. The encoder begins
-    as a ResNet of `bam_kernels.models`, and has its keys.
+    The paper (Sec. 5.5) does not say which maps of its ResNet-101 it detects on. The encoder is a
+    ResNet of `bam_kernels.models`, and ``backbone.body`` has its keys but ``fc``. Its batch norms
+    learn; with a few images a GPU those of a trained encoder are better kept in eval mode.
     """
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -136,22 +137,22 @@ def _describe_ssd(name: str, title: str, backbone: str, stair: bool) -> Descript
     )
 
 
-def _describe_faster_rcnn(name: str, title: str, depths: tuple[int, ...]) -> Description:
+def _describe_faster_rcnn(name: str, title: str, encoder: resnet.Shape) -> Description:
     return Description(
         name,
         title,
         "coco",
         (480, 640),  # torchvision scales the shorter side to 800
         91,  # torchvision's numbering, with the background
-        functools.partial(faster_rcnn, resnet.Shape(depths)),
+        functools.partial(faster_rcnn, encoder),
         encoder="backbone.body",
         requires=("torchvision",),
     )
 
 
 DESCRIPTIONS = (
-    _describe_faster_rcnn("fasterrcnn_resnet50_fpn", "Faster R-CNN, ResNet50", (3, 4, 6, 3)),
-    _describe_faster_rcnn("fasterrcnn_resnet101_fpn", "Faster R-CNN, ResNet101", (3, 4, 23, 3)),
+    _describe_faster_rcnn("fasterrcnn_resnet50_fpn", "Faster R-CNN, ResNet50", resnet.RESNET50),
+    _describe_faster_rcnn("fasterrcnn_resnet101_fpn", "Faster R-CNN, ResNet101", resnet.RESNET101),
     _describe_ssd("ssd300_vgg16", "VGG16 SSD", "vgg16", stair=False),
     _describe_ssd("ssd300_mobilenet", "MobileNet SSD", "mobilenet", stair=False),
     _describe_ssd("stairnet300_vgg16", "VGG16 StairNet", "vgg16", stair=True),
