@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import deterministic
 from torch.utils.data import DataLoader
 
 from bam_kernels.recipes import data, order
@@ -77,7 +79,8 @@ def run(settings: Settings, place: Place, group: Group) -> list[Row]:
             batches.epoch = epoch
             lr = state.optimizer.param_groups[0]["lr"]
             title = f"epoch {epoch + 1}/{recipe.epochs}"
-            with progress(title, len(batches), every=place.log_every, shown=group.first) as tell:
+            shown = {"every": place.log_every, "shown": group.first}
+            with progress(title, len(batches), **shown) as tell:
                 trained = train_epoch(
                     model, loader, state.optimizer, state.scaler, precision, group, tell
                 )
@@ -88,7 +91,8 @@ def run(settings: Settings, place: Place, group: Group) -> list[Row]:
                 )
             state.scheduler.step()
             group.same_buffers(state.model)
-            tested = evaluate(state.model, test, precision, group)
+            with progress(f"{title}, test", len(test), shown=group.first) as tell:
+                tested = evaluate(state.model, test, precision, group, tell)
             state.rows.append(_row(epoch, lr, trained, tested))
             if group.first:
                 state.save(folder.checkpoint, settings, network)
@@ -152,14 +156,19 @@ def _deterministic(benchmark: bool) -> Iterator[None]:
     """The same numbers in every run on the same machine, unless cuDNN is to choose by its clock."""
     was = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    chose = torch.backends.cudnn.benchmark
+    chose, filled = torch.backends.cudnn.benchmark, deterministic.fill_uninitialized_memory
+    # cuBLAS asks for it, before its first product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = benchmark
     torch.use_deterministic_algorithms(not benchmark, warn_only=True)
+    # Torch would write each output once more, lest somebody reads what nobody wrote.
+    deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warned)
         torch.backends.cudnn.benchmark = chose
+        deterministic.fill_uninitialized_memory = filled
 
 
 def _board(
