@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from bam_kernels.recipes import data, order
 from bam_kernels.recipes.distributed import Group
 from bam_kernels.recipes.engine import Scores, evaluate, train_epoch
-from bam_kernels.recipes.errors import DivergedError, RecipeError
+from bam_kernels.recipes.errors import DivergedError, RecipeError, need
 from bam_kernels.recipes.folder import Row, RunFolder
 from bam_kernels.recipes.networks import Network
 from bam_kernels.recipes.progress import progress, say
@@ -42,6 +42,7 @@ def run(settings: Settings, place: Place, group: Group) -> list[Row]:
         DivergedError: the loss is no longer a number.
     """
     recipe, precision = settings.recipe, settings.precision
+    need("training", "tqdm")
     folder = RunFolder(place.out)
     with contextlib.ExitStack() as stack:
         problem = None
@@ -181,16 +182,15 @@ def _board(
         RecipeError: TensorBoard is not installed.
     """
     if place.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise RecipeError("--tensorboard needs tensorboard: pip install tensorboard") from error
+        need("--tensorboard", "tensorboard")
 
     @contextlib.contextmanager
     def board(done: int) -> Iterator[Callable[[Row], None]]:
         if not (place.tensorboard and group.first):
             yield _say
             return
+        from torch.utils.tensorboard import SummaryWriter
+
         # What an interrupted run logged of the epoch that is repeated is dropped.
         with SummaryWriter(str(folder.tensorboard), purge_step=done + 1) as writer:
 
