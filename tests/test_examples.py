@@ -117,6 +117,39 @@ def test_super_resolution(monkeypatch, capsys, tmp_path):
     assert Image.open(picture).size == (3 * 642 + 2, 430)
 
 
+@pytest.mark.parametrize("name", ["detect_boxes", "segment_shapes", "super_resolution"])
+def test_with_and_without_from_the_same_draws(name, monkeypatch, capsys):
+    """Each training of a comparison is the one that its seed alone gives; and the draws of data
+    are the same both ways."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import _common
+
+    label = {"super_resolution": "network"}.get(name, " trained").strip()
+    pattern = rf"other photograph, {label}: (\d+\.\d+)"
+    drawn: list[list[torch.Tensor]] = []
+    crops = _common.crops
+
+    def recorded(*args):
+        drawn[-1].append(crops(*args))
+        return drawn[-1][-1]
+
+    monkeypatch.setattr(_common, "crops", recorded)
+    tiny = (*TINY[name], "--seed=5")
+    drawn.append([])
+    out, _ = run(name, *tiny, "--compare=1", monkeypatch=monkeypatch, capsys=capsys)
+    figures = [float(x) for x in re.findall(pattern, out)]
+    assert len(figures) == 2 and out.count("BAMs: ") == 1
+    half = len(drawn[0]) // 2
+    assert half > 0 and all(map(torch.equal, drawn[0][:half], drawn[0][half:]))
+    means = [float(x) for x in re.findall(r"seeds: 1, mean: (-?\d+\.\d+)", out)]
+    assert means[:2] == pytest.approx(figures, abs=0.006)
+    assert means[2] == pytest.approx(means[1] - means[0], abs=0.002)
+    drawn.append([])
+    out, _ = run(name, *tiny, "--attention=none", monkeypatch=monkeypatch, capsys=capsys)
+    assert [float(x) for x in re.findall(pattern, out)] == figures[:1] and "BAMs: " not in out
+    assert all(map(torch.equal, drawn[1], drawn[0][:half]))
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [

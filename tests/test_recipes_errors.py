@@ -187,6 +187,22 @@ def test_a_checkpoint_runs_no_code(saved, tmp_path, capsys):
     assert (tmp_path / "touched").exists()
 
 
+def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    missing = {"tqdm", "tensorboard", "sklearn"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else find(name)
+    )
+    words = [f"--out={tmp_path / 'run'}", "--device=cpu"]
+    refused(capsys, "needs tqdm: pip install 'bam_kernels[train]'", "--recipe=toy", *words)
+    missing.remove("tqdm")
+    refused(capsys, "digits needs sklearn: pip install", "--recipe=digits", *words)
+    refused(capsys, "needs tensorboard: pip", "--recipe=toy", *words, "--tensorboard")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path, capsys):
     toy(tmp_path, "--lr=1e30", status=1)
     assert "the loss is nan in epoch" in capsys.readouterr().err

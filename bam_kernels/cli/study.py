@@ -6,9 +6,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bam_kernels.cli import arguments
 from bam_kernels.cli.output import error, print_table
+
+if TYPE_CHECKING:
+    from bam_kernels.recipes.study import Study
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -53,6 +57,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _study(args: argparse.Namespace) -> int:
     from bam_kernels.recipes import RECIPES, RecipeError, data, study, study_report
     from bam_kernels.recipes.distributed import device_of
+    from bam_kernels.recipes.errors import need
     from bam_kernels.recipes.networks import names
 
     try:
@@ -65,7 +70,7 @@ def _study(args: argparse.Namespace) -> int:
         if model not in names():
             raise RecipeError(f"--model: expected one of {', '.join(names())}, got {model!r}")
         device_of(args.device)
-        _need("matplotlib", "scipy", "tqdm")
+        need("the study", "matplotlib", "scipy", "tqdm")
         plan = study.Study(
             recipe, model, args.reduction, args.seeds, args.out, args.data,
             args.processes or len(os.sched_getaffinity(0)), args.threads, args.device,
@@ -99,25 +104,15 @@ def _study(args: argparse.Namespace) -> int:
     return 0
 
 
-def _need(*packages: str) -> None:
-    import importlib.util
-
-    from bam_kernels.recipes import RecipeError
-
-    for name in packages:
-        if importlib.util.find_spec(name) is None:
-            raise RecipeError(f"needs {name}: pip install 'bam_kernels[train]'")
-
-
-def _train_all(plan) -> None:
+def _train_all(plan: Study) -> None:
     from tqdm import tqdm
 
     from bam_kernels.recipes import study
     from bam_kernels.recipes.progress import say
 
     total = len(plan.runs()) * plan.recipe.epochs
-    off = None  # no bar where stderr is no terminal
-    with tqdm(total=total, unit="epoch", disable=off, file=sys.stderr) as bar:
+    # disable=None: no bar where stderr is no terminal.
+    with tqdm(total=total, unit="epoch", disable=None, file=sys.stderr) as bar:
 
         def tell(done: int, line: str | None) -> None:
             bar.update(done - bar.n)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from bam_kernels.recipes.errors import RecipeError
+from bam_kernels.recipes.errors import RecipeError, need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +57,7 @@ def load(dataset: str, folder: Path | None, *, download: bool = False) -> Data:
     if dataset not in DATASETS:
         raise RecipeError(f"dataset: expected one of {', '.join(DATASETS)}, got {dataset!r}")
     loader, packages, needs_folder = DATASETS[dataset]
-    for name in packages:
-        if importlib.util.find_spec(name) is None:
-            raise RecipeError(f"{dataset} needs {name}: pip install 'bam_kernels[train]'")
+    need(dataset, *packages)
     if not needs_folder:
         if folder is not None:
             raise RecipeError(f"--data: {dataset} comes with a package; expected none, got one")

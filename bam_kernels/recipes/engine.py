@@ -110,7 +110,7 @@ def train_epoch(
         optimizer.zero_grad(set_to_none=True)
         with precision.autocast(group.device):
             logits = model(images)
-            loss = F.cross_entropy(logits, targets)
+        loss = F.cross_entropy(logits.float(), targets)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -125,9 +125,9 @@ def evaluate(
     loader: Iterable,
     precision: Precision,
     group: Group,
-    tell: Callable[[int, Tensor], None] | None = None,
+    tell: Callable[[int, Tensor], None],
 ) -> Scores:
-    """The scores on every batch of all processes' loaders, in eval mode.
+    """The scores on every batch of all processes' loaders, in eval mode; arguments as above.
 
     `model` is not DDP's: shares of different lengths would leave it waiting.
     """
@@ -139,6 +139,5 @@ def evaluate(
             logits = model(images)
         loss = F.cross_entropy(logits.float(), targets)
         sums.add(loss, logits, targets)
-        if tell is not None:
-            tell(step, loss)
+        tell(step, loss)
     return sums.scores(group)

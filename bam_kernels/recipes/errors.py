@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 
 class RecipeError(ValueError):
     """A bad argument, a folder, file or checkpoint that does not serve: one line says which.
@@ -17,3 +19,10 @@ class RecipeError(ValueError):
 
 class DivergedError(RuntimeError):
     """The loss is no longer a number."""
+
+
+def need(what: str, *packages: str) -> None:
+    """Raise RecipeError, which says what to install, where a package is missing."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise RecipeError(f"{what} needs {name}: pip install 'bam_kernels[train]'")

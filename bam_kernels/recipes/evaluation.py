@@ -11,7 +11,7 @@ from torch import nn
 from bam_kernels.recipes import checkpoint, data, order
 from bam_kernels.recipes.distributed import Group
 from bam_kernels.recipes.engine import Precision, Scores, evaluate
-from bam_kernels.recipes.errors import RecipeError
+from bam_kernels.recipes.errors import RecipeError, need
 from bam_kernels.recipes.networks import Network
 from bam_kernels.recipes.progress import progress
 
@@ -78,6 +78,7 @@ def evaluate_checkpoint(
     Raises:
         RecipeError: the checkpoint or the data do not serve.
     """
+    need("evaluation", "tqdm")
     model, found = load_network(path)
     recipe = found["settings"]["recipe"]
     loaded = data.load(recipe["dataset"], folder)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import deterministic
 from torch.utils.data import DataLoader
 
 from bam_kernels.recipes import data, order
 from bam_kernels.recipes.distributed import Group
 from bam_kernels.recipes.engine import Scores, evaluate, train_epoch
-from bam_kernels.recipes.errors import DivergedError, RecipeError
+from bam_kernels.recipes.errors import DivergedError, RecipeError, need
 from bam_kernels.recipes.folder import Row, RunFolder
 from bam_kernels.recipes.networks import Network
 from bam_kernels.recipes.progress import progress, say
@@ -40,6 +42,7 @@ def run(settings: Settings, place: Place, group: Group) -> list[Row]:
         DivergedError: the loss is no longer a number.
     """
     recipe, precision = settings.recipe, settings.precision
+    need("training", "tqdm")
     folder = RunFolder(place.out)
     with contextlib.ExitStack() as stack:
         problem = None
@@ -77,7 +80,8 @@ def run(settings: Settings, place: Place, group: Group) -> list[Row]:
             batches.epoch = epoch
             lr = state.optimizer.param_groups[0]["lr"]
             title = f"epoch {epoch + 1}/{recipe.epochs}"
-            with progress(title, len(batches), every=place.log_every, shown=group.first) as tell:
+            shown = {"every": place.log_every, "shown": group.first}
+            with progress(title, len(batches), **shown) as tell:
                 trained = train_epoch(
                     model, loader, state.optimizer, state.scaler, precision, group, tell
                 )
@@ -88,7 +92,8 @@ def run(settings: Settings, place: Place, group: Group) -> list[Row]:
                 )
             state.scheduler.step()
             group.same_buffers(state.model)
-            tested = evaluate(state.model, test, precision, group)
+            with progress(f"{title}, test", len(test), shown=group.first) as tell:
+                tested = evaluate(state.model, test, precision, group, tell)
             state.rows.append(_row(epoch, lr, trained, tested))
             if group.first:
                 state.save(folder.checkpoint, settings, network)
@@ -152,14 +157,19 @@ def _deterministic(benchmark: bool) -> Iterator[None]:
     """The same numbers in every run on the same machine, unless cuDNN is to choose by its clock."""
     was = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    chose = torch.backends.cudnn.benchmark
+    chose, filled = torch.backends.cudnn.benchmark, deterministic.fill_uninitialized_memory
+    # cuBLAS asks for it, before its first product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = benchmark
     torch.use_deterministic_algorithms(not benchmark, warn_only=True)
+    # Torch would write each output once more, lest somebody reads what nobody wrote.
+    deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warned)
         torch.backends.cudnn.benchmark = chose
+        deterministic.fill_uninitialized_memory = filled
 
 
 def _board(
@@ -172,16 +182,15 @@ def _board(
         RecipeError: TensorBoard is not installed.
     """
     if place.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise RecipeError("--tensorboard needs tensorboard: pip install tensorboard") from error
+        need("--tensorboard", "tensorboard")
 
     @contextlib.contextmanager
     def board(done: int) -> Iterator[Callable[[Row], None]]:
         if not (place.tensorboard and group.first):
             yield _say
             return
+        from torch.utils.tensorboard import SummaryWriter
+
         # What an interrupted run logged of the epoch that is repeated is dropped.
         with SummaryWriter(str(folder.tensorboard), purge_step=done + 1) as writer:
 
