@@ -240,6 +240,18 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     ("change", "message"),
     [
         (["--attention=none"], "model: expected one with a BAM or SqueezeExcite"),
+        (["--baseline", "{weights}/plain.pth", "--baseline-stages", "layer1"], "got 1 (layer1)"),
+        (
+            [
+                "--baseline",
+                "{weights}/plain.pth",
+                "--modules",
+                "layer2.bam",
+                "--baseline-stages",
+                "layer1",
+            ],
+            "baseline: expected a map [5, 8, 8] of 'layer1' beside 'layer2.bam', got",
+        ),
         (["--pick=corrected"], "--pick corrected: expected --baseline"),
         (["--modules", "layer9.bam"], "modules: expected names among layer1.bam"),
         (["--statistics", "{tmp}/none.json"], "none.json: cannot be read"),
@@ -247,10 +259,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(
         (["--statistics", "{tmp}/empty.json"], "statistics: expected those of 'before' at"),
     ],
 )
-def test_bad_input_of_maps(change, message, folder, tmp_path, capsys):
+def test_bad_input_of_maps(change, message, folder, checkpoints, tmp_path, capsys):
     (tmp_path / "other.json").write_text("[1]")
     (tmp_path / "empty.json").write_text('{"format": 1, "images": 0, "stages": {}}')
-    changed = [word.replace("{tmp}", str(tmp_path)) for word in change]
+    places = {"tmp": tmp_path, "weights": checkpoints["bam"].parent}
+    changed = [word.format(**places) for word in change]
     assert run("maps", *MODEL, "--images", folder, "--out", tmp_path / "x.png", *changed) == 2
     err = capsys.readouterr().err
     assert message in err and not (tmp_path / "x.png").exists()

@@ -43,6 +43,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "the same stage over the folder, or over that of an earlier run (--statistics).",
     )  # fmt: skip
     _modules(maps)
+    maps.add_argument("--baseline-stages", nargs="+", metavar="LAYER",
+        help="layers of the baseline beside the BAMs (default: the ends of its stages)")  # fmt: skip
     maps.add_argument("--draw", type=arguments.positive, default=3, metavar="N",
         help="images in the picture (default: %(default)s)")  # fmt: skip
     maps.add_argument("--pick", choices=("first", "corrected"), default="first",
@@ -212,6 +214,7 @@ def _maps(args: argparse.Namespace) -> int:
         raise ValueError("--pick corrected: expected --baseline, and a folder of images a class")
     options: dict[str, Any] = {
         "modules": args.modules, "baseline": setting.baseline, "example_input": setting.example,
+        "baseline_stages": args.baseline_stages,
     }  # fmt: skip
     statistics = given
     if statistics is None:
