@@ -44,7 +44,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     _modules(maps)
     maps.add_argument("--baseline-stages", nargs="+", metavar="LAYER",
-        help="layers of the baseline beside the BAMs (default: the ends of its stages)")  # fmt: skip
+        help="the baseline's layers beside the BAMs (default: its stages)")  # fmt: skip
     maps.add_argument("--draw", type=arguments.positive, default=3, metavar="N",
         help="images in the picture (default: %(default)s)")  # fmt: skip
     maps.add_argument("--pick", choices=("first", "corrected"), default="first",
