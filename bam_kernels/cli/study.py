@@ -21,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "study",
         help="a network with SE, BAM-C, BAM and nothing, over several seeds: errors and intervals",
         description="Train the same network without attention, with SE, BAM-C and BAM, by the same "
-        "recipe, over several seeds, and report the test errors with their 95 %% intervals, "
+        "recipe, over several seeds, and report the test errors with their 95 % intervals, "
         "parameters and step times, as they come out: a table, study.json and study.png. At its "
         "defaults it takes less than half an hour on two cores. A stopped study goes on with "
         "--resume; more --seeds may be added to a whole one.",
