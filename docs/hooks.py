@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -116,6 +117,12 @@ def commands() -> str:
             if isinstance(action, argparse._SubParsersAction):
                 for name, each in action.choices.items():
                     parts.append(f"## {name}\n\n```text\n{each.format_help().strip()}\n```")
+                    parts += [
+                        f"### {name} {inner}\n\n```text\n{sub.format_help().strip()}\n```"
+                        for nested in each._actions
+                        if isinstance(nested, argparse._SubParsersAction)
+                        for inner, sub in nested.choices.items()
+                    ]
     finally:
         if before is None:
             del os.environ["COLUMNS"]
@@ -140,6 +147,31 @@ def paper() -> str:
     return formatting.document(paper.compare(paper.TABLES))
 
 
+def recipes() -> str:
+    """The paper's two recipes, value by value, with their sources."""
+    from bam_kernels.recipes import RECIPES
+
+    parts = []
+    for name in ("cifar100", "imagenet"):
+        parts += [f"**`{name}`**", "| | value | source |\n|---|---|---|"]
+        parts[-1] += "".join(f"\n| {' | '.join(row)} |" for row in RECIPES[name].rows())
+    return "\n\n".join(parts)
+
+
+def study() -> str:
+    """The study's outcome, and its plot."""
+    from bam_kernels.recipes import study_report
+
+    found = json.loads((RESULTS / "study-textures.json").read_text(encoding="utf-8"))
+    return "\n\n".join(
+        [
+            study_report.markdown(found),
+            "![Each seed's test error, the means, and the differences](study-textures.png)",
+            f"`study-textures.json`: {study_report.provenance(found)}.",
+        ]
+    )
+
+
 def _drawing(name: str) -> Callable[[], str]:
     return lambda: _load(ROOT / "docs/drawings.py").svg(name)
 
@@ -153,6 +185,8 @@ FILLS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "paper": paper,
     "public": public,
+    "recipes": recipes,
+    "study": study,
     "forward": _drawing("forward"),
     "backward": _drawing("backward"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from _common import Parser, crops, draw_shapes, photographs, train
+from _compare import add_options, compare
 from torch import Tensor, nn
 
 from bam_kernels import attention_maps, insert_bam
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--encoder", default="resnet18", help="of segmentation_models_pytorch (default: resnet18)"
     )
+    add_options(parser)
     args = parser.parse(least_size=64)
     if args.size % 32 or args.size > 400:
         parser.error(f"--size: expected a multiple of 32 up to 384, got {args.size}")
@@ -31,16 +33,10 @@ def main() -> None:
     import segmentation_models_pytorch as smp
 
     try:
-        model = smp.Unet(args.encoder, encoder_weights=None, classes=3)
+        encoder = smp.encoders.get_encoder(args.encoder, weights=None)
+        insert_bam(encoder, at="bottlenecks")  # of an encoder that is thrown away: does it take it?
     except (KeyError, ValueError, RuntimeError) as problem:
         parser.error(f"--encoder: {str(problem)[:200]}")
-    keys = set(model.state_dict())
-    try:
-        inserted = insert_bam(model.encoder, at="bottlenecks")
-    except ValueError as problem:
-        parser.error(f"--encoder: {problem}")
-    assert keys < set(model.state_dict())  # a checkpoint of the plain network still fits
-    model.to(args.device)
     china, flower = photographs()
 
     def scenes(photo: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -49,19 +45,39 @@ def main() -> None:
 
     weight = torch.tensor([0.2, 1.0, 1.0], device=args.device)  # most of an image is background
 
-    def loss() -> Tensor:
-        images, masks = scenes(china, args.batch)
-        return F.cross_entropy(model(images), masks, weight)
+    def run(bam: bool) -> float:
+        model = smp.Unet(args.encoder, encoder_weights=None, classes=3)
+        # What is drawn after this is the same with and without: making BAMs draws numbers too.
+        state, keys = torch.get_rng_state(), set(model.state_dict())
+        if bam:
+            inserted = insert_bam(model.encoder, at="bottlenecks")
+            assert keys < set(model.state_dict())  # a checkpoint of the plain network still fits
+            print(f"BAMs: {', '.join(f'encoder.{path}' for path in inserted)}")
+        torch.set_rng_state(state)
+        model.to(args.device)
 
-    test = scenes(flower, 4 * args.batch)
-    print(f"BAMs: {', '.join(f'encoder.{path}' for path in inserted)}")
-    print(f"overlap on the other photograph, untrained: {overlap(model, *test):.3f}")
-    last = train(model, args.steps, loss, "training")
-    print(f"last loss: {last:.3f}")
-    print(f"overlap on the other photograph, trained: {overlap(model, *test):.3f}")
+        def loss() -> Tensor:
+            images, masks = scenes(china, args.batch)
+            return F.cross_entropy(model(images), masks, weight)
+
+        test = scenes(flower, 8 * args.batch)
+        print(f"overlap on the other photograph, untrained: {overlap(model, *test):.3f}")
+        last = train(model, args.steps, loss, "training")
+        figure = overlap(model, *test)
+        print(f"last loss: {last:.3f}")
+        print(f"overlap on the other photograph, trained: {figure:.3f}")
+        if bam:
+            tell_attention(model, *test)
+        return figure
+
+    compare(args, "overlap", run)
+
+
+def tell_attention(model: nn.Module, images: Tensor, masks: Tensor) -> None:
+    """The mean of each BAM's map on the shapes, and beside them."""
     with torch.no_grad(), attention_maps(model) as maps:
-        model.eval()(test[0])
-    inside = (test[1] > 0).float()[:, None]
+        model(images)
+    inside = (masks > 0).float()[:, None]
     for path, found in maps.items():
         m = found.spatial_map[:, None]
         here = F.interpolate(inside, m.shape[2:], mode="area")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from _common import Parser, crops, photographs, train
+from _compare import add_options, compare
 from torch import Tensor, nn
 
 from bam_kernels import insert_bam
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="a PNG of bicubic, network and truth"
     )
+    add_options(parser)
     args = parser.parse(least_size=16)
     if args.size % 2 or args.size > 400:
         parser.error(f"--size: expected an even number up to 400, got {args.size}")
@@ -71,30 +73,40 @@ def main() -> None:
         parser.error(f"--output: there is no folder {args.output.parent}")
     parser.need("sklearn", "PIL", "tqdm", *(["torchvision"] if args.output else []))
     china, flower = (photo[:, :426] for photo in photographs())
-    model = SRResNet(args.channels, args.blocks)
-    # Nearly as the identity: a fresh BAM behind each block sets the training back at first.
-    example = (1, 3, args.size, args.size)
-    inserted = insert_bam(model, at="blocks", identity_start=True, example_input=example)
-    model.to(args.device)
-
-    def loss() -> Tensor:
-        sharp = crops(china, args.batch, args.size).to(args.device)
-        return F.l1_loss(model(shrink(sharp)), sharp)
-
-    print(f"BAMs: {', '.join(inserted)}")
-    last = train(model, args.steps, loss, "training")
-    print(f"last loss: {last:.4f}")
     truth = flower[None].to(args.device)
     small = shrink(truth)
-    with torch.no_grad():
-        found = model.eval()(small)
     print(f"PSNR on the other photograph, bicubic: {psnr(enlarge(small), truth):.2f} dB")
-    print(f"PSNR on the other photograph, network: {psnr(found, truth):.2f} dB")
-    if args.output is not None:
-        from torchvision.utils import save_image
 
-        save_image(torch.cat([enlarge(small), found, truth]).clamp(0, 1), args.output, nrow=3)
-        print(f"picture: {args.output}")
+    def run(bam: bool) -> float:
+        model = SRResNet(args.channels, args.blocks)
+        # Where the crops lie is the same with and without: making BAMs draws numbers too.
+        state = torch.get_rng_state()
+        if bam:
+            # Nearly as the identity: a fresh BAM behind each block sets the training back at first.
+            example = (1, 3, args.size, args.size)
+            inserted = insert_bam(model, at="blocks", identity_start=True, example_input=example)
+            print(f"BAMs: {', '.join(inserted)}")
+        torch.set_rng_state(state)
+        model.to(args.device)
+
+        def loss() -> Tensor:
+            sharp = crops(china, args.batch, args.size).to(args.device)
+            return F.l1_loss(model(shrink(sharp)), sharp)
+
+        last = train(model, args.steps, loss, "training")
+        print(f"last loss: {last:.4f}")
+        with torch.no_grad():
+            found = model.eval()(small)
+        figure = psnr(found, truth)
+        print(f"PSNR on the other photograph, network: {figure:.2f} dB")
+        if args.output is not None:
+            from torchvision.utils import save_image
+
+            save_image(torch.cat([enlarge(small), found, truth]).clamp(0, 1), args.output, nrow=3)
+            print(f"picture: {args.output}")
+        return figure
+
+    compare(args, "PSNR in dB", run)
 
 
 if __name__ == "__main__":

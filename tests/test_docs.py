@@ -79,6 +79,9 @@ def test_commands_exist():
         elif words[:2] == ["python", "-m"]:
             assert importlib.util.find_spec(words[2]) is not None
             subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        elif words[0] == "torchrun":
+            assert words[1:5] == ["--nproc-per-node", "8", "-m", "bam_kernels"]
+            cli._parser().parse_args(words[5:])
         elif words[0] == "make":
             assert words[1] in targets
         elif words[0] in ("python", "bash"):
@@ -86,7 +89,7 @@ def test_commands_exist():
         else:
             assert words[:2] == ["pip", "install"], words
         seen.add(words[0])
-    assert seen == {"python", "make", "bash", "pip"}
+    assert seen == {"python", "make", "bash", "pip", "torchrun"}
     mentioned = {m for p in PAGES for m in re.findall(r"`make ([\w-]+)`", p.read_text())}
     assert "docs" in mentioned and mentioned <= targets
 

@@ -16,12 +16,14 @@ from bam_kernels import use_backend
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 NEEDS = {
+    "analyze_attention": ("timm", "sklearn", "skimage", "matplotlib", "tqdm"),
     "detect_boxes": ("torchvision", "sklearn", "PIL", "tqdm"),
     "finetune_classifier": ("torchvision", "sklearn", "tqdm"),
     "segment_shapes": ("segmentation_models_pytorch", "sklearn", "PIL", "tqdm"),
     "super_resolution": ("sklearn", "PIL", "tqdm"),
 }
 TINY = {
+    "analyze_attention": ["--steps=1", "--batch=4", "--size=64"],
     "detect_boxes": ["--steps=1", "--batch=2", "--size=64"],
     "finetune_classifier": ["--steps=1", "--batch=4", "--size=32", "--network=timm:resnet10t"],
     "segment_shapes": ["--steps=2", "--batch=2", "--size=64"],
@@ -53,6 +55,22 @@ def number(text: str, label: str) -> float:
 def test_each_is_listed_and_short():
     assert sorted(NEEDS) == sorted(TINY) == NAMES
     assert all(len(p.read_text().splitlines()) < 150 for p in FOLDER.glob("*.py"))
+
+
+def test_analyze_attention(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "out"
+    arguments = (*TINY["analyze_attention"], f"--output={folder}")
+    out, err = run("analyze_attention", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    for name in ("baseline", "BAM"):
+        assert 0 <= number(out, f"{name}, accuracy on held-out digits and photographs") <= 1
+        assert f"{name}, mean class selectivity: layer1 0." in out and f"{name}: 100%" in err
+    assert len(re.findall(r"mean M on the digits 0\.\d+, beside them 0\.\d+", out)) == 3
+    from PIL import Image
+
+    for picture in ("selectivity", "maps", "profiles"):
+        with Image.open(folder / f"{picture}.png") as drawn:
+            assert min(drawn.size) > 400
+            assert len(drawn.convert("RGB").getcolors(1 << 24)) > 100
 
 
 def test_finetune_classifier(monkeypatch, capsys):
@@ -99,12 +117,47 @@ def test_super_resolution(monkeypatch, capsys, tmp_path):
     assert Image.open(picture).size == (3 * 642 + 2, 430)
 
 
+@pytest.mark.parametrize("name", ["detect_boxes", "segment_shapes", "super_resolution"])
+def test_with_and_without_from_the_same_draws(name, monkeypatch, capsys):
+    """Each training of a comparison is the one that its seed alone gives; and the draws of data
+    are the same both ways."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import _common
+
+    label = {"super_resolution": "network"}.get(name, " trained").strip()
+    pattern = rf"other photograph, {label}: (\d+\.\d+)"
+    drawn: list[list[torch.Tensor]] = []
+    crops = _common.crops
+
+    def recorded(*args):
+        drawn[-1].append(crops(*args))
+        return drawn[-1][-1]
+
+    monkeypatch.setattr(_common, "crops", recorded)
+    tiny = (*TINY[name], "--seed=5")
+    drawn.append([])
+    out, _ = run(name, *tiny, "--compare=1", monkeypatch=monkeypatch, capsys=capsys)
+    figures = [float(x) for x in re.findall(pattern, out)]
+    assert len(figures) == 2 and out.count("BAMs: ") == 1
+    half = len(drawn[0]) // 2
+    assert half > 0 and all(map(torch.equal, drawn[0][:half], drawn[0][half:]))
+    means = [float(x) for x in re.findall(r"seeds: 1, mean: (-?\d+\.\d+)", out)]
+    assert means[:2] == pytest.approx(figures, abs=0.006)
+    assert means[2] == pytest.approx(means[1] - means[0], abs=0.002)
+    drawn.append([])
+    out, _ = run(name, *tiny, "--attention=none", monkeypatch=monkeypatch, capsys=capsys)
+    assert [float(x) for x in re.findall(pattern, out)] == figures[:1] and "BAMs: " not in out
+    assert all(map(torch.equal, drawn[1], drawn[0][:half]))
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
         *((name, ["--steps=0"], "--steps: expected at least 1, got 0") for name in NAMES),
         *((name, ["--device=abacus"], "--device: ") for name in NAMES),
         *((name, ["--size=7"], "--size: expected at least") for name in NAMES),
+        ("analyze_attention", ["--output=/no/such/folder/x"], "--output: there is no folder"),
+        ("analyze_attention", ["--load", "--output=/tmp"], "--load: there is no /tmp/baseline.pth"),
         ("super_resolution", ["--batch=two"], "--batch: invalid int value: 'two'"),
         ("super_resolution", ["--size=33"], "--size: expected an even number"),
         ("super_resolution", ["--blocks=0"], "--blocks, --channels: expected"),

@@ -60,6 +60,28 @@ def _at_least_float32(logits: Tensor | None) -> Tensor | None:
     return logits.float() if logits is not None and logits.itemsize < 4 else logits
 
 
+def attention_modules(model: nn.Module) -> dict[str, reference.BAM | reference.SqueezeExcite]:
+    """Every BAM and SqueezeExcite of `model`, by its name in ``model.named_modules()``.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: there is none in it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, reference.BAM | reference.SqueezeExcite)
+    }
+    if not modules:
+        raise ValueError(
+            f"model: expected one with a BAM or SqueezeExcite of bam_kernels in it, got "
+            f"{type(model).__name__} without any; see bam_kernels.insert_bam"
+        )
+    return modules
+
+
 @contextlib.contextmanager
 def attention_maps(model: nn.Module) -> Iterator[dict[str, AttentionMap]]:
     """Collect the attention of every BAM and SqueezeExcite of `model`, fused or reference.
@@ -80,18 +102,7 @@ def attention_maps(model: nn.Module) -> Iterator[dict[str, AttentionMap]]:
         TypeError: `model` is no module.
         ValueError: there is no BAM in it.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, reference.BAM | reference.SqueezeExcite)
-    }
-    if not modules:
-        raise ValueError(
-            f"model: expected one with a BAM or SqueezeExcite of bam_kernels in it, got "
-            f"{type(model).__name__} without any; see bam_kernels.insert_bam"
-        )
+    modules = attention_modules(model)
     maps: dict[str, AttentionMap] = {}
     # An observer of the instance's own, be it an enclosing attention_maps', goes on being called.
     before = {name: vars(module).get("observer") for name, module in modules.items()}

@@ -28,6 +28,7 @@ class Stage:
         attention: M averaged over the channels, [H, W], or [1, 1] without a spatial branch.
         after: F' averaged in magnitude over the channels, [H, W].
         profile: M averaged over the positions, [C].
+        baseline: the features of a network without BAM at the same stage, as `before`, or None.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage:
     attention: Tensor
     after: Tensor
     profile: Tensor
+    baseline: Tensor | None = None
 
 
 def sample_channels(channels: int, count: int = PROFILE_CHANNELS) -> Tensor:
@@ -87,7 +89,7 @@ def draw_attention(
         )
         for column, (title, values, vmin, vmax, unit) in enumerate(panels, start=1):
             axes = figure.add_subplot(grid[row, column])
-            shown = axes.imshow(_resize(values, photo), cmap=_COLORMAP, vmin=vmin, vmax=vmax)
+            shown = axes.imshow(resized(values, photo), cmap=_COLORMAP, vmin=vmin, vmax=vmax)
             axes.imshow(contours)
             axes.set_title(title if column > 1 else f"{stage.name}: {title}", fontsize=10)
             axes.axis("off")
@@ -109,7 +111,8 @@ def _draw_profile(axes: Any, stage: Stage) -> None:
     axes.grid(alpha=0.3)
 
 
-def _resize(values: Tensor, photo: np.ndarray) -> np.ndarray:
+def resized(values: Tensor, photo: np.ndarray) -> np.ndarray:
+    """A map [h, w] at the photograph's size [H, W], bilinear."""
     size = photo.shape[:2]
     return F.interpolate(values[None, None].float(), size, mode="bilinear")[0, 0].numpy()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bam_kernels.benchmarking import results_figure
 from bam_kernels.benchmarking.results import Results, provenance
+from bam_kernels.drawing import save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
                 "machine's limits", va="top", fontsize=14, fontweight="bold")  # fmt: skip
     figure.text(0.01, (top - 0.33) / height, provenance(results), va="top",
                 fontsize=9, color="#555555" if results.measured else "#B00000")  # fmt: skip
-    results_figure.save(figure, path)
+    save(figure, path)
 
 
 class _Point(NamedTuple):

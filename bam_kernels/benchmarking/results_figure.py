@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bam_kernels.benchmarking.results import Results, provenance
-from bam_kernels.files import replacing
+from bam_kernels.drawing import COLORS, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
 # A name keeps its colour and its place in every picture; others follow.
 _NAMES = ("fused", "eager", "torch.compile", "ONNX Runtime", "OpenVINO", "eager, CUDA graph",
           "torch.compile, CUDA graph")  # fmt: skip
@@ -146,7 +144,7 @@ def _named(panels: Mapping[str, Groups]) -> tuple[list[str], dict[str, str]]:
     """The bars' names in order, and a colour for each."""
     found = dict.fromkeys(n for groups in panels.values() for bars in groups.values() for n in bars)
     order = [*_NAMES, *(name for name in found if name not in _NAMES)]
-    colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(order)}
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(order)}
     return [name for name in order if name in found], colors
 
 
@@ -203,9 +201,3 @@ def _bars(
 def _label(value: float) -> str:
     """More digits where a little decides: around 1."""
     return f"{value:.2f}" if value < 1.095 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def save(figure: Figure, path: Path) -> None:
-    """As PNG, whole or not at all."""
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=130)

@@ -11,12 +11,27 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from bam_kernels._version import __version__
-from bam_kernels.cli import bench, convert, demo, doctor, paper, report, results
+from bam_kernels.cli import (
+    analyze,
+    bench,
+    compare,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    paper,
+    report,
+    results,
+    study,
+    train,
+)
 from bam_kernels.cli.output import FAILED, USAGE_ERROR
 
 __all__ = ["FAILED", "USAGE_ERROR", "main"]
 
-COMMANDS = (demo, bench, report, doctor, results, convert, paper)
+COMMANDS = (
+    demo, train, evaluate, study, analyze, paper, compare, bench, report, doctor, results, convert,
+)  # fmt: skip
 """Modules with ``add_parser(commands)``, which sets ``run(args) -> exit status``."""
 
 

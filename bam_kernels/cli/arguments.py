@@ -33,6 +33,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number of at least 0: a type for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
 def above_zero(text: str) -> float:
     """A finite number above 0: a type for argparse."""
     try:
@@ -41,6 +48,17 @@ def above_zero(text: str) -> float:
         value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def not_below_zero(text: str) -> float:
+    """A finite number of at least 0: a type for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return value
 
 
@@ -56,3 +74,10 @@ def unwritable(option: str, path: Path | None) -> str | None:
     if not os.access(folder, os.W_OK):
         return f"{option}: the folder {folder} is not writable"
     return None
+
+
+def taken(option: str, path: Path | None, force: bool) -> str | None:
+    """Why nothing is to be written there: `unwritable`, or a file is there and not to be lost."""
+    if path is not None and path.exists() and not path.is_dir() and not force:
+        return f"{option}: {path} exists; --force writes over it"
+    return unwritable(option, path)

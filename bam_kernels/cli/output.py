@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 FAILED = 1
 """Exit status where what a command checks does not hold."""
@@ -38,6 +41,18 @@ def progress(steps: int) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=steps, completed=-1)
         yield lambda text: bar.update(task, advance=1, description=text)
+
+
+def tracked(items: Collection[T], description: str) -> Iterator[T]:
+    """The items one by one, with a bar on stderr where that is a terminal and rich is there."""
+    if importlib.util.find_spec("rich") is None or not sys.stderr.isatty():
+        say(description)
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, description, console=Console(stderr=True), transient=True)
 
 
 def print_table(

@@ -58,7 +58,7 @@ def find(model: nn.Module, at: str, like: fake_run.Example) -> list[Place]:
             f"failed: {type(error).__name__}: {error}; pass example_input=, or the part of the "
             "model that takes one tensor"
         ) from error
-    found = _bottlenecks(flow) if at == "bottlenecks" else [(c, False) for c in _blocks(flow)]
+    found = bottlenecks(flow) if at == "bottlenecks" else [(c, False) for c in _blocks(flow)]
     if not found:
         raise ValueError(f"at: {_MISSING[at].format(type(model).__name__, list(like.shape))}")
     places: dict[str, Place] = {}
@@ -81,7 +81,7 @@ _MISSING = {
 # --- bottlenecks ------------------------------------------------------------------------------
 
 
-def _bottlenecks(flow: Flow) -> list[tuple[Call, bool]]:
+def bottlenecks(flow: Flow) -> list[tuple[Call, bool]]:
     """The calls at whose ends stages end, or (True) at whose beginnings."""
     made = {call.output for call in flow.calls if call.name}
     maps = [v for v in flow.values if v.is_map and (v.index in made or _downsamples(flow, v))]
@@ -126,7 +126,7 @@ class _Stage:
         ]
 
     def place(self, smaller: Value) -> tuple[Call, bool] | None:
-        """Where the stage ends, `smaller` being the first of the next one's: see _bottlenecks."""
+        """Where the stage ends, `smaller` being the first of the next one's: see bottlenecks."""
         candidates = {v.index: v for v in self._run if self._has_block(v)}
         if not candidates:
             return None
