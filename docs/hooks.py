@@ -115,9 +115,9 @@ def public() -> str:
 def paper() -> str:
     """The paper's tables of parameters and GFLOPs, each figure beside ours."""
     from bam_kernels import paper
-    from bam_kernels.paper import tell
+    from bam_kernels.paper import formatting
 
-    return tell.document(paper.compare(paper.TABLES))
+    return formatting.document(paper.compare(paper.TABLES))
 
 
 def recipes() -> str:

@@ -103,7 +103,10 @@ def test_bams_stand_where_the_paper_has_them(name):
 
 @pytest.mark.parametrize("name", EVERY_BLOCK)
 def test_every_block_has_one(name):
-    for attention, kind in (("bam-c", BAM), ("se", SqueezeExcite)):
+    kinds = {"bam-c": BAM, "se": SqueezeExcite}
+    if name != "resnet18":  # they stand in the same places
+        kinds.pop("se")
+    for attention, kind in kinds.items():
         found = attentions(models.create(name, attention=attention, device="meta"))
         assert len(found) == BLOCKS[name] and {type(m) for m in found.values()} == {kind}
     if name in EXTRA_BLOCK:  # in a residual block, before the shortcut joins
@@ -189,6 +192,21 @@ def test_arguments_reach_the_network():
         assert first.in_channels == 4
 
 
+def test_ssd_is_torchvisions():
+    """The detector that torchvision puts together, from the same weights, but for the places."""
+    ours = models.create("ssd300_vgg16", num_classes=4).eval()
+    theirs = torchvision.models.detection.ssd300_vgg16(
+        weights=None, weights_backbone=None, num_classes=4
+    ).eval()
+    state = {k.replace(".features.", ".", 1): v for k, v in ours.state_dict().items()}
+    theirs.load_state_dict(state, strict=True, assign=True)
+    pictures = [torch.rand(3, 50, 70)]
+    with torch.no_grad():
+        (found,), (want,) = ours(pictures), theirs(pictures)
+    assert len(want["boxes"]) > 0
+    torch.testing.assert_close(found, want)
+
+
 def test_detectors_made_on_another_device_have_their_anchors_at_hand():
     """torchvision computes SSD's boxes on the CPU in each forward, from no buffers."""
     model = models.create("ssd300_mobilenet", device="meta")
@@ -215,6 +233,9 @@ def test_nothing_is_imported_before_it_is_needed():
         ({"attention": True}, TypeError, "attention: expected None or a str, got bool True"),
         ({"num_classes": 0}, ValueError, "num_classes: expected at least 1, got 0"),
         ({"num_classes": 2.0}, TypeError, "num_classes: expected an int, got float 2.0"),
+        ({"device": "gpu"}, ValueError, "device: expected a torch.device or its name, got 'gpu'"),
+        ({"dtype": torch.int8}, TypeError, "dtype: expected a floating-point .* got torch.int8"),
+        ({"dtype": "float32"}, TypeError, "dtype: expected a floating-point .* got 'float32'"),
         ({"in_channels": True}, TypeError, "in_channels: expected an int, got bool True"),
         ({"reduction": 8}, TypeError, "reduction: without attention takes no such option"),
         ({"attention": "block", "dilation": 2}, TypeError, "dilation: attention='block' takes no"),

@@ -12,7 +12,7 @@ from torch import nn
 from bam_kernels import BAM, SqueezeExcite, models, paper
 from bam_kernels.cli import FAILED, USAGE_ERROR, main
 from bam_kernels.cli import paper as command
-from bam_kernels.paper import comparison, tell
+from bam_kernels.paper import comparison, formatting
 from bam_kernels.paper.comparison import EQUAL, NOT_REPRODUCIBLE, OFF, Entry
 from bam_kernels.paper.reasons import REASONS
 
@@ -175,7 +175,7 @@ def test_command(capsys, tmp_path):
 
 
 def test_document(everything):
-    text = tell.document(everything)
+    text = formatting.document(everything)
     for table in paper.TABLES:
         assert f"Table {table}:\n\n| network |" in text
     lines = [line for line in text.split("\n") if line.startswith("| ")]
@@ -187,7 +187,7 @@ def test_document(everything):
 
 def test_command_prints_the_document(capsys):
     assert main(["paper", "--table", "1a", "1a", "--markdown"]) == 0
-    assert capsys.readouterr().out == tell.document(paper.compare(["1a"])) + "\n"
+    assert capsys.readouterr().out == formatting.document(paper.compare(["1a"])) + "\n"
 
 
 def test_command_refuses(capsys, tmp_path, monkeypatch):

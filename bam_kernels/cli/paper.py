@@ -41,7 +41,7 @@ def _paper(args: argparse.Namespace) -> int:
     if problem is not None:
         return error("paper", problem)
 
-    from bam_kernels.paper import compare, rows, tell
+    from bam_kernels.paper import compare, formatting, rows
 
     tables = _TABLES if args.all else dict.fromkeys(args.table)
     try:
@@ -50,15 +50,15 @@ def _paper(args: argparse.Namespace) -> int:
     except ImportError as missing:
         return error("paper", str(missing))
     if args.markdown:
-        print(tell.document(found))
+        print(formatting.document(found))
     else:
-        for table, group in tell.by_table(found):
-            cells = [tell.cells(each) for each in group]
-            print_table(f"Table {table}", tell.header(group), [cells], _WIDTH)
-        for reason, names in tell.reasons(found):
+        for table, group in formatting.by_table(found):
+            cells = [formatting.cells(each) for each in group]
+            print_table(f"Table {table}", formatting.header(group), [cells], _WIDTH)
+        for reason, names in formatting.reasons(found):
             print(f"not reproducible: {'; '.join(names)}: {reason}")
-        print(*tell.summary_lines(found), sep="\n")
-    return 0 if args.json is None else _write(args.json, tell.as_json(found))
+        print(*formatting.summary_lines(found), sep="\n")
+    return 0 if args.json is None else _write(args.json, formatting.as_json(found))
 
 
 def _write(path: Path, content: dict[str, object]) -> int:

@@ -34,9 +34,9 @@ def check(
         raise ValueError(f"attention: {description.name} has no {attention!r} in the paper")
     if attention == "block" and description.block is None:
         raise ValueError(f"attention: {description.name} has no 'block' in the paper's Table 1c")
-    takes = {"bam": None, "bam-c": None, "se": {"reduction"}}.get(attention, set())
-    for name in options if takes is not None else ():
-        if name not in takes:
+    if attention not in ("bam", "bam-c"):  # whose options are BAM's to refuse
+        takes = ("reduction",) if attention == "se" else ()
+        for name in (each for each in options if each not in takes):
             of = "without attention" if attention is None else f"attention={attention!r}"
             raise TypeError(f"{name}: {of} takes no such option")
     if module is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bam_kernels.models import resnet
 from bam_kernels.models.description import Description
+from bam_kernels.models.layers import initialise
 from bam_kernels.models.mobilenet_v1 import mobilenet_v1_features
 from bam_kernels.models.stairnet import TopDown
 
@@ -21,8 +22,9 @@ from bam_kernels.models.stairnet import TopDown
 def faster_rcnn(shape: resnet.Shape, num_classes: int, in_channels: int) -> nn.Module:
     """torchvision's Faster R-CNN (Ren et al., 2015) on a ResNet with a feature pyramid.
 
-    The paper (Sec. 5.5) does not say which maps of its ResNet-101 it detects on. The encoder begins
-    as a ResNet of `bam_kernels.models`, and has its keys.
+    The paper (Sec. 5.5) does not say which maps of its ResNet-101 it detects on. The encoder is a
+    ResNet of `bam_kernels.models`, and ``backbone.body`` has its keys but ``fc``. Its batch norms
+    learn; with a few images a GPU those of a trained encoder are better kept in eval mode.
     """
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -88,15 +90,16 @@ def ssd(backbone: str, stair: bool, num_classes: int, in_channels: int) -> nn.Mo
         num_classes: with the background.
         in_channels: of the images.
     """
+    from torchvision.models import vgg
     from torchvision.models.detection import ssd as torchvision_ssd
 
     if backbone == "vgg16":
-        whole = torchvision_ssd.ssd300_vgg16(
-            weights=None, weights_backbone=None, num_classes=num_classes
-        )
-        features, widths, size = whole.backbone, [512, 1024, 512, 256, 256, 256], 3
+        layers = vgg.make_layers(vgg.cfgs["D"])
         if in_channels != 3:
-            features.features[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
+            layers[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
+        initialise(layers)  # as VGG's own; not by way of a VGG, which has 120 million more
+        features = torchvision_ssd.SSDFeatureExtractorVGG(layers, highres=False)
+        widths, size = [512, 1024, 512, 256, 256, 256], 3
         normalisation = {"image_mean": [0.48235, 0.45882, 0.40784], "image_std": [1 / 255] * 3}
     else:
         features, widths = mobilenet_v1_features(in_channels)
@@ -136,22 +139,22 @@ def _describe_ssd(name: str, title: str, backbone: str, stair: bool) -> Descript
     )
 
 
-def _describe_faster_rcnn(name: str, title: str, depths: tuple[int, ...]) -> Description:
+def _describe_faster_rcnn(name: str, title: str, encoder: resnet.Shape) -> Description:
     return Description(
         name,
         title,
         "coco",
         (480, 640),  # torchvision scales the shorter side to 800
         91,  # torchvision's numbering, with the background
-        functools.partial(faster_rcnn, resnet.Shape(depths)),
+        functools.partial(faster_rcnn, encoder),
         encoder="backbone.body",
         requires=("torchvision",),
     )
 
 
 DESCRIPTIONS = (
-    _describe_faster_rcnn("fasterrcnn_resnet50_fpn", "Faster R-CNN, ResNet50", (3, 4, 6, 3)),
-    _describe_faster_rcnn("fasterrcnn_resnet101_fpn", "Faster R-CNN, ResNet101", (3, 4, 23, 3)),
+    _describe_faster_rcnn("fasterrcnn_resnet50_fpn", "Faster R-CNN, ResNet50", resnet.RESNET50),
+    _describe_faster_rcnn("fasterrcnn_resnet101_fpn", "Faster R-CNN, ResNet101", resnet.RESNET101),
     _describe_ssd("ssd300_vgg16", "VGG16 SSD", "vgg16", stair=False),
     _describe_ssd("ssd300_mobilenet", "MobileNet SSD", "mobilenet", stair=False),
     _describe_ssd("stairnet300_vgg16", "VGG16 StairNet", "vgg16", stair=True),

@@ -73,6 +73,9 @@ def create(
         ImportError: a package is missing that this network is built with.
     """
     description = get(name)
+    where = _device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
     attentions.check(description, attention, attention_module, options)
     if num_classes is None:
         num_classes = description.num_classes
@@ -84,12 +87,21 @@ def create(
     for package in description.requires:
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"{name} is built with {package}; pip install 'bam_kernels[models]'")
-    with torch.device(torch.get_default_device() if device is None else device):
+    with where:
         model = description.build(num_classes, in_channels).to(dtype=dtype)
         if attention is not None:
             example = (1, in_channels, *description.input_size)
             attentions.refine(model, description, attention, attention_module, example, options)
     return model
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.get_default_device()
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected a torch.device or its name, got {device!r}") from error
 
 
 def _check_count(name: str, value: int) -> None:

@@ -169,6 +169,7 @@ def _resnext29(groups: int) -> Shape:
 
 
 _R50, _R101 = (3, 4, 6, 3), (3, 4, 23, 3)
+RESNET50, RESNET101 = Shape(_R50), Shape(_R101)
 
 DESCRIPTIONS = (
     _describe("cifar_resnet50", "ResNet50", Shape(_R50, cifar=True)),
@@ -176,8 +177,8 @@ DESCRIPTIONS = (
     _describe("cifar_resnext29_8x64d", "ResNeXt29 8x64d", _resnext29(8)),
     _describe("cifar_resnext29_16x64d", "ResNeXt29 16x64d", _resnext29(16)),
     _describe("resnet18", "ResNet18", _basic(64)),
-    _describe("resnet50", "ResNet50", Shape(_R50)),
-    _describe("resnet101", "ResNet101", Shape(_R101)),
+    _describe("resnet50", "ResNet50", RESNET50),
+    _describe("resnet101", "ResNet101", RESNET101),
     _describe("wideresnet18_1.5", "WideResNet18 (widen=1.5)", _basic(96)),
     _describe("wideresnet18_2.0", "WideResNet18 (widen=2.0)", _basic(128)),
     _describe("resnext50_32x4d", "ResNeXt50 (32x4d)", Shape(_R50, groups=32, group_width=4)),

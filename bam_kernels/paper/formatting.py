@@ -1,4 +1,4 @@
-"""The comparison as Markdown, for the documentation."""
+"""The comparison as rows of text, as Markdown and as JSON."""
 
 from __future__ import annotations
 
