@@ -60,6 +60,18 @@ def without_batch_norm(num_classes: int, in_channels: int) -> nn.Module:
     return model
 
 
+def one_convolution(num_classes: int, in_channels: int) -> nn.Module:
+    """As little as there is to train: fp16 convolutions are slow on a CPU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, num_classes),
+    )
+
+
 def _describe(name: str, build) -> Description:
     return Description(name, name, "toy", SIZE, CLASSES, build)
 
@@ -69,6 +81,7 @@ def register() -> None:
     data.DATASETS["toy"] = (toy_data, (), False)
     networks.SMALL["toy_resnet"] = _describe("toy_resnet", functools.partial(ResNet, SHAPE))
     networks.SMALL["toy_groups"] = _describe("toy_groups", without_batch_norm)
+    networks.SMALL["toy_conv"] = _describe("toy_conv", one_convolution)
     sources = dict.fromkeys((*RECIPES["digits"].sources,), "a toy")
     RECIPES["toy"] = Recipe(
         "toy", "toy", "toy_resnet", epochs=4, batch=12, lr=0.05, milestones=(2,), gamma=0.1,

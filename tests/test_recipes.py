@@ -292,7 +292,7 @@ def test_a_scaler_is_resumed(seed, tmp_path, monkeypatch):
     """Stopped between checkpoint and metrics.csv."""
     from bam_kernels.recipes.folder import RunFolder
 
-    words = ["--amp=fp16", f"--seed={seed}", "--epochs=2", "--batch=72"]
+    words = ["--model=toy_conv", "--amp=fp16", f"--seed={seed}", "--epochs=2"]
     toy(tmp_path / "whole", *words)
 
     def stop(*_):
