@@ -141,6 +141,17 @@ def test_a_network_that_fails_in_training_leaves_the_others():
     assert groups[1][0][header.index("training step ms")] != "FAILED"
 
 
+def test_a_busy_machine_is_told():
+    def row(kind: str, spread: float) -> dict:
+        time = {"p20_ms": 2.0, "p80_ms": 2.0 * spread}
+        return {"attention": "bam", "kind": kind, "inference": time, "training": {"error": "x"}}
+
+    steady = {"rows": [row("eager", 1.02), row("fused", 1.05)]}
+    assert attention_cost_report.caution(steady) is None
+    told = attention_cost_report.caution({"rows": [row("eager", 1.02), row("fused", 1.7)]})
+    assert "bam fused, inference spread by a factor of 1.7" in told
+
+
 def run(*arguments: object) -> int:
     return main(["compare", *map(str, arguments)])
 

@@ -13,6 +13,9 @@ from bam_kernels.benchmarking.sites import INFERENCE, TRAINING
 # off by far more; TF32 convolutions on a GPU, which only one of the two may take, by less.
 ERROR_LIMIT = 5e-3
 
+STEADY = 1.1
+"""How far the 80th percentile of a time lies above the 20th, at most, on an idle machine."""
+
 
 def problems(result: Mapping[str, Any]) -> list[str]:
     """The networks that failed, or whose fused output is not the eager one's, in words."""
@@ -24,6 +27,23 @@ def problems(result: Mapping[str, Any]) -> list[str]:
         if not error <= ERROR_LIMIT:  # NaN as well
             found.append(f"{key}: off from eager by {error:.1e}, at most {ERROR_LIMIT:.0e}")
     return found
+
+
+def caution(result: Mapping[str, Any]) -> str | None:
+    """Why the times mean little, in a line; None where nothing speaks against them."""
+    spreads = {
+        f"{row['attention']} {row['kind']}, {mode}": row[mode]["p80_ms"] / row[mode]["p20_ms"]
+        for row in result["rows"]
+        for mode in MODES
+        if "p20_ms" in row[mode]
+    }
+    widest = max(spreads, key=spreads.__getitem__, default=None)
+    if widest is None or spreads[widest] <= STEADY:
+        return None
+    return (
+        f"caution: the machine was busy: the times of {widest} spread by a factor of "
+        f"{spreads[widest]:.1f} from the 20th to the 80th percentile; ratios below that mean little"
+    )
 
 
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[list[str]]]]:

@@ -82,6 +82,9 @@ def _compare(args: argparse.Namespace) -> int:
             part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     header, groups = attention_cost_report.table(result)
     print_table(attention_cost_report.title(result), header, groups, _WIDTH)
+    caution = attention_cost_report.caution(result)
+    if caution is not None:
+        print(caution)
     if args.plot is not None:
         attention_cost_report.draw(result, args.plot)
         print(f"picture: {args.plot}")
