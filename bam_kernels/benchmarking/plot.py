@@ -39,17 +39,17 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     }
     points = list(_gpu_points(result) if gpu else _cpu_points(result))
     dtypes = list(dict.fromkeys(point.dtype for point in points))
-    rows = -(-len(panels) // 2) + -(-len(dtypes) // 2)
+    rows = -(-(len(panels) + len(dtypes)) // 2)
     height = 1.3 + 3.2 * max(rows, 1)
     figure = Figure(figsize=(12, height), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0, 0.995, 1 - 0.75 / height))
     axes = list(figure.subplots(max(rows, 1), 2, squeeze=False).flatten())
     if panels:
         results_figure.draw_panels(axes, panels)
-    after = axes[2 * -(-len(panels) // 2) :]
+    after = axes[len(panels) :]
     for ax, dtype in zip(after, dtypes, strict=False):
         _roofline(ax, result["limits"], dtype, [point for point in points if point.dtype == dtype])
-    for ax in (*axes[len(panels) : 2 * -(-len(panels) // 2)], *after[len(dtypes) :]):
+    for ax in after[len(dtypes) :]:
         ax.remove()
     top = height - 0.12
     where = "GPU" if gpu else "CPU"
