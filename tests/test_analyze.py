@@ -206,7 +206,7 @@ def test_checkpoints_of_train_say_their_network(folder, tmp_path, capsys):
         (["--out={tmp}/there.png"], "--out: {tmp}/there.png exists; --force writes over it"),
         (["--json={tmp}/there.png"], "--json: {tmp}/there.png exists"),
         (["--stages", "layer9"], "stages: 'layer9' matches no layer"),
-        (["--device=abacus"], "--device abacus: "),
+        (["--device=abacus"], "--device: expected one that is here, got abacus: "),
         (["--device=meta"], "--device: expected one that computes"),
     ],
 )  # fmt: skip

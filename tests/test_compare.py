@@ -188,7 +188,7 @@ def test_command(tmp_path: Path, capsys):
         (["--model=resnet"], "--model resnet: expected torchvision:NAME"),
         (["--model=torchvision:alexnet", "--attention", "se"], "--model torchvision:alexnet: at:"),
         (["--batch=1"], "--batch: expected at least 2"),
-        (["--device=abacus"], "--device abacus: "),
+        (["--device=abacus"], "--device: expected one that is here, got abacus: "),
         (["--plot=x.pdf"], "--plot: expected a name that ends in .png"),
         (["--json=/no/such/folder/x.json"], "--json: no such folder"),
     ],

@@ -141,6 +141,21 @@ def test_copies_are_not_kept(replays, large_tiles, seed):
     assert list(triton.bam_forward.kept.values()) == [None]
 
 
+def test_operators_are_not_kept(replays, large_tiles, seed):
+    """What PyTorch does to a result is no launch: such a launcher runs at every call."""
+    device = kernel_device()
+
+    @replay.replayed
+    def gate_and_one(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        return triton.gate_forward(x, c, s, "sum", True).add_(1)
+
+    for _ in range(2):
+        x, c = torch.randn(2, 20, 3, 5, device=device), torch.randn(2, 20, device=device)
+        s = torch.randn(2, 1, 3, 5, device=device)
+        assert torch.equal(gate_and_one(x, c, s), triton.gate_forward(x, c, s, "sum", True) + 1)
+    assert list(gate_and_one.kept.values()) == [None]
+
+
 def test_kinds_are_forgotten(monkeypatch, replays, large_tiles, seed):
     monkeypatch.setattr(replay, "_MOST", 2)
     module = randomize(bam_kernels.BAM(32)).to(kernel_device()).eval()

@@ -225,15 +225,10 @@ def device_of(name: str):
     Raises:
         NetworkError: there is no such device.
     """
-    import torch
+    from bam_kernels.recipes import distributed
+    from bam_kernels.recipes.errors import RecipeError
 
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        raise NetworkError(f"--device {name}: {str(problem).splitlines()[0]}") from problem
-    if device.type == "meta":
-        raise NetworkError("--device: expected one that computes, got meta")
-    return device
+        return distributed.device_of(name)
+    except RecipeError as problem:
+        raise NetworkError(str(problem)) from problem

@@ -59,14 +59,17 @@ def applies(x: Tensor) -> bool:
 def replayed(launcher: _F) -> _F:
     """Keep what a launcher does, for each kind of call.
 
-    The launcher takes tensors, None, plain values and lists of these; returns tensors that it made
-    itself, or views of them, in a tuple, a dataclass or alone, or None; and launches by
-    `bam_kernels.backends.triton.launch.launch`.
+    The launcher takes tensors, None, plain values and lists of these, a tensor or a list of tensors
+    first; returns tensors that it made itself, or views of them, in a tuple or alone, or None; and
+    launches by `bam_kernels.backends.triton.launch.launch`.
     """
     kept: dict[Any, _Replay | None] = {}
 
     @functools.wraps(launcher)
     def call(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if not applies(first) or watch.active is not None:
+            return launcher(*args, **kwargs)
         inputs: list[Tensor] = []
         pointers: list[int] = []
         key: list[Any] = []
@@ -74,8 +77,6 @@ def replayed(launcher: _F) -> _F:
         if kwargs:
             key += kwargs
             _look(kwargs.values(), inputs, pointers, key)
-        if not inputs or not applies(inputs[0]) or watch.active is not None:
-            return launcher(*args, **kwargs)
         kind = (*key, conv_precision(torch.float32), configs.overridden())
         found = kept.get(kind, _UNKNOWN)
         if found is _UNKNOWN:
@@ -303,7 +304,7 @@ def _describe(result: Any, seen: _Watch) -> Any:
         if not result.numel():
             return (result.shape, result.dtype)
         return seen.view(result)
-    if isinstance(result, tuple | list):
+    if isinstance(result, tuple):
         return [_describe(each, seen) for each in result]
     if result is None:
         return None
