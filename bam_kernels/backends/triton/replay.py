@@ -47,28 +47,27 @@ _ALLOCATIONS = frozenset(
 )
 
 
-def applies(x: Tensor) -> bool:
+def applies(x: Tensor | None) -> bool:
     """Whether calls on x are kept: where Triton compiles for NVIDIA GPUs, but for
     ``BAM_KERNELS_REPLAY=0``.
 
     On others a kernel is specialised to more than is looked at here.
     """
-    return x.is_cuda and _ALLOWED
+    return _ALLOWED and x is not None and x.is_cuda
 
 
 def replayed(launcher: _F) -> _F:
     """Keep what a launcher does, for each kind of call.
 
-    The launcher takes tensors, None, plain values and lists of these, a tensor or a list of tensors
-    first; returns tensors that it made itself, or views of them, in a tuple or alone, or None; and
-    launches by `bam_kernels.backends.triton.launch.launch`.
+    The launcher takes tensors, None, plain values and lists of these; returns tensors that it made
+    itself, or views of them, in a tuple or alone, or None; and launches by
+    `bam_kernels.backends.triton.launch.launch`.
     """
     kept: dict[Any, _Replay | None] = {}
 
     @functools.wraps(launcher)
     def call(*args: Any, **kwargs: Any) -> Any:
-        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        if not applies(first) or watch.active is not None:
+        if watch.active is not None or not applies(_first(args)):
             return launcher(*args, **kwargs)
         inputs: list[Tensor] = []
         pointers: list[int] = []
@@ -92,6 +91,18 @@ def replayed(launcher: _F) -> _F:
 
     call.kept = kept
     return call
+
+
+def _first(values: Iterable[Any]) -> Tensor | None:
+    """The first tensor among the arguments: some launchers take None before it, some a list."""
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, list | tuple):
+            found = _first(value)
+            if found is not None:
+                return found
+    return None
 
 
 def _look(values: Iterable[Any], inputs: list[Tensor], pointers: list[int], key: list[Any]) -> None:
