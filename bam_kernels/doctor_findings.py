@@ -17,6 +17,7 @@ EFFECTS = {
     "BAM_KERNELS_BACKEND": "every call of the process runs on this backend, or raises",
     "BAM_KERNELS_BUILD": "what is compiled from C++: auto, cpu, cuda or none",
     "BAM_KERNELS_CACHE": "the folder of what is compiled on first use",
+    "BAM_KERNELS_CONVOLUTIONS": "whose dilated convolutions GPUs run: fused (ours) or library",
     "BAM_KERNELS_CPP_LIBRARY": "this C++ library is loaded in place of any other",
     "BAM_KERNELS_REPLAY": "0: the launchers decide everything anew at every call",
     "TRITON_INTERPRET": "Triton's kernels are interpreted on the CPU: right, and slow",

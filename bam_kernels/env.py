@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 BUILDS = ("auto", "cpu", "cuda", "none")
+CONVOLUTIONS = ("auto", "fused", "library")
 
 
 def backend() -> str:
@@ -46,6 +47,21 @@ def cache() -> Path | None:
         return Path.home() / ".cache" / "bam_kernels"
     except RuntimeError:
         return None
+
+
+def convolutions() -> str:
+    """``BAM_KERNELS_CONVOLUTIONS``: whose dilated convolutions GPUs run, "auto" unless set.
+
+    Read when bam_kernels is imported.
+
+    Raises:
+        ValueError: it is none of "auto", "fused" and "library".
+    """
+    value = os.environ.get("BAM_KERNELS_CONVOLUTIONS", "auto")
+    if value not in CONVOLUTIONS:
+        known = ", ".join(CONVOLUTIONS)
+        raise ValueError(f"BAM_KERNELS_CONVOLUTIONS: expected one of {known}, got {value!r}")
+    return value
 
 
 def cpp_library() -> Path | None:

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from bam_kernels import functional, fusable
+from bam_kernels import functional, fusable, inference
 from bam_kernels.dispatch import BACKENDS, choose_backend, requested_backend, why_not
 from bam_kernels.modules import BAM, SqueezeExcite
 
@@ -62,13 +62,28 @@ def explain(module: BAM | SqueezeExcite, x: Tensor) -> Explanation:
         if whole is not None:
             reasons[backend] = whole
             backend = "reference"
-        elif channel is not None:
-            part = fusable.unfusable_mlp(channel, x.shape[0])
-            notes += [] if part is None else [f"the channel MLP runs as PyTorch's own: {part}"]
-        if spatial is not None and whole is None:
-            part = fusable.unfusable_spatial(spatial)
-            notes += [] if part is None else [f"the spatial branch runs as PyTorch's own: {part}"]
+        elif not _in_one_operator(module, x, backend):
+            if channel is not None:
+                part = fusable.unfusable_mlp(channel, x.shape[0])
+                notes += [] if part is None else [f"the channel MLP runs as PyTorch's own: {part}"]
+            if spatial is not None:
+                part = fusable.unfusable_spatial(spatial, x)
+                notes += (
+                    [] if part is None else [f"the spatial branch runs as PyTorch's own: {part}"]
+                )
     return Explanation(backend, requested, reasons, tuple(notes))
+
+
+def _in_one_operator(module: BAM | SqueezeExcite, x: Tensor, backend: str) -> bool:
+    """Whether the call is inference, all of it in the backend's kernels."""
+    if module.observer is not None:
+        return False
+    combine, residual, spatial = "sum", False, None
+    if isinstance(module, BAM):
+        combine, residual = module.config.combine, module.config.residual
+        spatial = module.spatial
+    found = inference.arguments(x, module.channel, spatial, combine, residual)
+    return found is not None and (backend == "cpp" or inference.fits_triton(found, x))
 
 
 def _why_not_chosen(name: str, backend: str, requested: str, device_type: str) -> str:

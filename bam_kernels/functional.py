@@ -136,7 +136,7 @@ def bam(
     # Under autocast a module of float32 parameters takes another x: the operator casts.
     if observer is None and under_autocast(x):
         arguments = inference.arguments(x, channel, spatial, combine, residual)
-        if arguments is not None and (backend == "cpp" or inference.fits_triton(arguments)):
+        if arguments is not None and (backend == "cpp" or inference.fits_triton(arguments, x)):
             return torch.ops.bam_kernels.bam(x, *arguments)
     if observer is None:
         out = training.refine(x, channel, spatial, combine, residual, backend)
@@ -205,7 +205,7 @@ def _channel_logits(pooled: Tensor, branch: ChannelBranch, taken: list[Taken]) -
 
 def _spatial_logits(reduced: Tensor, branch: SpatialBranch, taken: list[Taken]) -> Tensor:
     """Ms from the reduction."""
-    reason = unfusable_spatial(branch)
+    reason = unfusable_spatial(branch, reduced)
     if reason is not None:
         log_once(f"the spatial branch runs as PyTorch's own operators: {reason}")
         return branch.from_reduced(reduced)

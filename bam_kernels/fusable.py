@@ -7,9 +7,10 @@ of an instance's own and the like would be passed by; each has its reason here.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from bam_kernels.convolution_choice import by_library
 from bam_kernels.reference import ChannelBranch, SpatialBranch
 
 # Activations, BLOCK_N * BLOCK_H, that a program of the fused channel MLP holds in registers; with
@@ -99,8 +100,9 @@ def unfusable_mlp(branch: ChannelBranch, samples: int) -> str | None:
     return None
 
 
-def unfusable_spatial(branch: SpatialBranch) -> str | None:
-    """Why what follows the reduction runs as PyTorch's own operators; None if it is fused."""
+def unfusable_spatial(branch: SpatialBranch, x: Tensor) -> str | None:
+    """Why what follows the reduction runs as PyTorch's own operators in training on x, the module's
+    input; None if it is fused."""
     convs = list(branch.dilated)
     norms = [] if branch.hidden_norm is None else list(branch.hidden_norm)
     norms += [] if branch.norm is None else [branch.norm]
@@ -111,6 +113,8 @@ def unfusable_spatial(branch: SpatialBranch) -> str | None:
         return "norms follow some of its hidden layers only"
     if hidden > MOST_HIDDEN:
         return f"it is {hidden} channels wide inside; the kernels take {MOST_HIDDEN} at most"
+    if convs and (reason := by_library(hidden, x)) is not None:
+        return reason
     for module in (*convs, branch.project, *norms):
         if type(module) not in (nn.Conv2d, nn.BatchNorm2d):
             return f"it holds a {type(module).__name__}"

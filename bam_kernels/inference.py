@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bam_kernels.backends import ABSENT
 from bam_kernels.config import COMBINE_MODES
+from bam_kernels.convolution_choice import by_library
 from bam_kernels.dispatch import DTYPES, BackendUnavailableError, choose_backend
 from bam_kernels.fusable import MOST_HIDDEN, MOST_MLP_HIDDEN, has_hooks, unfusable
 from bam_kernels.ops.registry import backend_module
@@ -52,7 +53,7 @@ def refine(
     if backend == "reference" or unfusable(channel, spatial) is not None:
         return None
     found = arguments(x, channel, spatial, combine, residual)
-    if found is None or (backend == "triton" and not fits_triton(found)):
+    if found is None or (backend == "triton" and not fits_triton(found, x)):
         return None
     params = found[0]
     for branch, name in ((spatial, "reduce"), (channel, "fc")):
@@ -72,13 +73,16 @@ def refine(
     return backend_module(backend).bam_forward(x, *found)
 
 
-def fits_triton(arguments: Arguments) -> bool:
-    """Whether the Triton kernels take a module: one hidden layer, no wider than they hold."""
+def fits_triton(arguments: Arguments, x: Tensor) -> bool:
+    """Whether the Triton kernels take a module: one hidden layer, no wider than they hold, and our
+    own convolutions."""
     params, options, _ = arguments
     layers, spatial, hidden = options[2], options[5], options[10]
     if layers and (layers != 2 or params[0].shape[0] > MOST_MLP_HIDDEN):
         return False
-    return not spatial or hidden <= MOST_HIDDEN
+    if not spatial:
+        return True
+    return hidden <= MOST_HIDDEN and by_library(hidden, x, inference=True) is None
 
 
 def arguments(

@@ -374,7 +374,7 @@ def refine(
         return None
     if channel is not None and unfusable_mlp(channel, x.shape[0]) is not None:
         return None
-    if spatial is not None and unfusable_spatial(spatial) is not None:
+    if spatial is not None and unfusable_spatial(spatial, x) is not None:
         return None
     weight = bias = None
     if spatial is not None:

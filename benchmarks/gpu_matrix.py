@@ -26,6 +26,7 @@ import bam_kernels
 from bam_kernels import reference
 from bam_kernels.benchmarking.sites import INFERENCE, TRAINING
 from bam_kernels.benchmarking.timing import relative_error
+from bam_kernels.convolution_choice import convolutions
 
 DTYPES = ("float16", "bfloat16", "float32", "float32_tf32", "float64")
 LAYOUTS = ("nchw", "channels_last", "sliced")
@@ -181,7 +182,8 @@ def _check(row: Row, device: torch.device) -> dict[str, Any]:
     start = {name: value.clone() for name, value in fused.state_dict().items()}
     truth = _result(exact, x.double(), dout.double())
     eager = _result(plain, x, dout)
-    with bam_kernels.use_backend("triton"):
+    # Our convolutions at every width, whosever are faster.
+    with bam_kernels.use_backend("triton"), convolutions("fused"):
         with _deterministic(poisoned=False):
             ours = _result(fused, x, dout)
         fused.load_state_dict(start)

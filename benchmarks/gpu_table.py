@@ -134,10 +134,11 @@ def _case_lines(data: Mapping[str, Any]) -> Iterator[str]:
     cases = data.get("cases")
     if not cases:
         return
-    columns = "fused eager  comp | graph: fused eager  comp | plain graph share tuned"
+    columns = "fused eager  comp | graph: fused eager  comp | plain graph share tuned convs"
     yield (
         "ms a call; best peer / fused for plain calls and for CUDA graphs (above 1: fused is "
-        "faster); share of copy bandwidth; shipped over tuned tiles"
+        "faster); share of copy bandwidth; shipped over tuned tiles; the convolutions not taken, "
+        "ours or the library's, over those taken"
     )
     yield f"{'':<26}" + " || ".join(f"{short}: {columns}" for _, short in _MODES)
     rows: dict[str, dict[str, Mapping[str, Any]]] = {}
@@ -163,7 +164,8 @@ def _case_cells(entry: Mapping[str, Any]) -> str:
     shares = entry.get("share_of_copy", {})
     share = shares.get("fused_graphed", shares.get("fused"))
     ratios = [number(entry.get(f"ratio_{kind}"), 2, 5) for kind in ("plain", "graphed")]
-    ratios += [number(share, 2, 5), number(entry.get("ratio_tuned"), 2, 5)]
+    ratios.append(number(share, 2, 5))
+    ratios += [number(entry.get(f"ratio_{kind}"), 2, 5) for kind in ("tuned", "convolutions")]
     return f"{plain} | {graph} | {' '.join(ratios)}"
 
 

@@ -12,6 +12,9 @@ import random
 import pytest
 import torch
 
+# What is tested is ours, at every width; tests/test_convolution_choice.py tests the choice.
+os.environ["BAM_KERNELS_CONVOLUTIONS"] = "fused"
+
 _HAS_GPU = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
 if not _HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"

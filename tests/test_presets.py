@@ -100,7 +100,9 @@ def test_what_is_fused(name):
         found = explain(ours, x)
     assert (found.backend == "reference") == (fused == "nothing")
     assert (arguments is not None) == (fused in ("whole", "spatial"))
-    assert (unfusable_spatial(ours.spatial) is None) == (fused in ("whole", "spatial", "nothing"))
+    assert (unfusable_spatial(ours.spatial, x) is None) == (
+        fused in ("whole", "spatial", "nothing")
+    )
     named = {note.split(" runs")[0] for note in found.notes}
     assert (
         named

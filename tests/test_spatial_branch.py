@@ -23,6 +23,8 @@ from bam_kernels import functional, fusable, reference, training
 from bam_kernels.backends.triton import configs
 from bam_kernels.config import resolve
 
+X = torch.empty(0)  # of which only the device and the dtype are looked at
+
 pytestmark = pytest.mark.usefixtures("large_tiles")
 
 
@@ -71,7 +73,7 @@ def check(branch, shape, device, channels_last=False, draws=1):
         ours, eager, truth = (copy.deepcopy(branch) for _ in range(3))
         truth.double()
         reduced = clear_of_kinks(make, truth, truth.from_reduced)
-        assert fusable.unfusable_spatial(ours) is None
+        assert fusable.unfusable_spatial(ours, X) is None
         # In eval mode positive, so that sums over the map are not of noise alone.
         dlogits = torch.randn(n, 1, h, w, device=device).to(dtype)
         dlogits = dlogits if train else dlogits.abs()
@@ -202,7 +204,7 @@ def test_without_bias_or_affine(device, seed):
 def test_what_is_left_to_torch():
     """Each reason names its cause, and a plain branch has none."""
     branch = reference.SpatialBranch(resolve(64, 4, preset="official"))
-    assert fusable.unfusable_spatial(branch) is None
+    assert fusable.unfusable_spatial(branch, X) is None
     cases = {
         "SyncBatchNorm": lambda b: nn.SyncBatchNorm.convert_sync_batchnorm(b),
         "hooks": lambda b: b.project.register_forward_hook(lambda *_: None),
@@ -215,6 +217,6 @@ def test_what_is_left_to_torch():
     for expected, change in cases.items():
         changed = copy.deepcopy(branch)
         change(changed)
-        assert expected in fusable.unfusable_spatial(changed), expected
+        assert expected in fusable.unfusable_spatial(changed, X), expected
     wide = reference.SpatialBranch(resolve(2064))
-    assert "129 channels wide" in fusable.unfusable_spatial(wide)
+    assert "129 channels wide" in fusable.unfusable_spatial(wide, X)

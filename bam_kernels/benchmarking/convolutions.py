@@ -49,7 +49,7 @@ def break_even(case: Case, machine: Machine, precision: str, reduction: int = 16
     peaks = PEAKS[machine.name]
     if precision not in peaks:
         raise ValueError(f"precision: expected one of {', '.join(peaks)}, got {precision!r}")
-    ours, library = (cost.cost(case, kind, reduction) for kind in (cost.FUSED, cost.LIBRARY))
+    ours, library = (cost.cost(case, kind, reduction) for kind in (cost.OURS, cost.LIBRARY))
     saved = library.predicted_us(machine) - ours.predicted_us(machine)
     at_peak = operations(case, reduction) / peaks[precision] / 1e6
     return min(1.0, at_peak / (at_peak + saved)) if saved > 0 else 1.0

@@ -15,19 +15,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import ModuleType
 
 import torch
 
 import bam_kernels
 from bam_kernels import reference
 from bam_kernels.benchmarking.sites import INFERENCE, TRAINING, Case, Shape, Site
+from bam_kernels.convolution_choice import convolutions
 from bam_kernels.testing.dry_run import dry_run
 from bam_kernels.testing.traffic import Traffic
 
 FUSED, EAGER = "fused", "eager"
 KINDS = (FUSED, EAGER)
-LIBRARY = "library"
-"""The fused module, but for a spatial branch behind the reduction of PyTorch's own operators."""
+OURS, LIBRARY = "ours", "library"
+"""The fused module with convolutions of ours, and with the library's: "fused" has those that
+`bam_kernels.convolution_choice` takes."""
 
 LAUNCH_US = 3.0
 """From the start of a small kernel to that of the next in a full queue, an assumption."""
@@ -91,22 +94,25 @@ def traffic(case: Case, kind: str = FUSED, reduction: int = 16) -> dict[str, Tra
 
     Args:
         case: the shape of x, whether it is inference or training, and the module's preset.
-        kind: "fused", "eager" for the plain module, or "library" (`LIBRARY`).
+        kind: "fused", "eager" for the plain module, "ours" or "library" (`LIBRARY`).
         reduction: of the module.
 
     Raises:
         ValueError: an unknown kind, or a training step of one sample, which batch norm refuses.
         RuntimeError: Triton is not installed.
     """
-    if kind not in (*KINDS, LIBRARY):
-        raise ValueError(f"kind: expected one of {', '.join((*KINDS, LIBRARY))}, got {kind!r}")
+    if kind not in (known := (*KINDS, OURS, LIBRARY)):
+        raise ValueError(f"kind: expected one of {', '.join(known)}, got {kind!r}")
     package = reference if kind == EAGER else bam_kernels
+    with convolutions({OURS: "fused", LIBRARY: "library"}.get(kind, "auto")):
+        return _traffic(case, package, reduction)
+
+
+def _traffic(case: Case, package: ModuleType, reduction: int) -> dict[str, Traffic]:
     shape, training = case.shape, case.mode == TRAINING
     module = package.BAM(
         shape.site.channels, reduction, preset=case.preset, device="meta", dtype=shape.torch_dtype
     ).train(training)
-    if kind == LIBRARY:  # a layer with a hook is called as it is, and so is what goes with it
-        module.spatial.project.register_forward_hook(lambda *_: None)
     x = torch.empty(shape.size, dtype=shape.torch_dtype, device="meta")
     x = x.to(memory_format=shape.memory_format)
     if not training:

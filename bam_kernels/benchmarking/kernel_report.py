@@ -120,13 +120,15 @@ def compile_module(target: str, module: nn.Module, x: Tensor) -> list[tuple[str,
     """
     import torch
 
+    from bam_kernels.convolution_choice import convolutions
     from bam_kernels.testing.aot import compile_only
     from bam_kernels.testing.dry_run import dry_run
 
     found: list[tuple[str, Any, Launch]] = []
 
     def launched(phase: str, call: Callable[[], Any]) -> Any:
-        with compile_only(target) as reports, dry_run(compiled=True) as traffic:
+        ours = convolutions("fused")  # at every width: a choice is no reason not to look at them
+        with ours, compile_only(target) as reports, dry_run(compiled=True) as traffic:
             result = call()
         pairs = zip(reports, traffic.launches, strict=True)
         found.extend((phase, report, launch) for report, launch in pairs)

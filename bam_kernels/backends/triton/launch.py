@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import driver
 
 from bam_kernels import env, layout
+from bam_kernels.convolution_choice import tf32_convolutions
 
 _TYPES = {
     torch.float64: tl.float64,
@@ -114,16 +115,7 @@ def conv_precision(dtype: torch.dtype) -> str:
     """How fp32 dots of the 1x1 reduction multiply, following torch's setting for convolutions."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if _tf32_convolutions() else "ieee"
-
-
-def _tf32_convolutions() -> bool:
-    setting = torch.backends.cudnn.conv.fp32_precision
-    if setting == "none":  # not set for convolutions: the parents decide
-        setting = torch.backends.cudnn.fp32_precision
-    if setting == "none":
-        setting = torch.backends.fp32_precision
-    return setting == "tf32"
+    return "tf32" if tf32_convolutions() else "ieee"
 
 
 def registers(most: int, num_warps: int) -> dict[str, int]:

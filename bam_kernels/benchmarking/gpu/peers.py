@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import bam_kernels
-from bam_kernels import reference
+from bam_kernels import convolution_choice, reference
 from bam_kernels.benchmarking.gpu.environment import l2_bytes
 from bam_kernels.benchmarking.gpu.report import Estimate, Report, Section
 from bam_kernels.benchmarking.sites import TRAINING, Case, Shape, normal
@@ -32,6 +32,8 @@ from bam_kernels.benchmarking.timing import (
 OURS = ("fused", "fused_graphed")
 TUNED = ("fused_tuned", "fused_tuned_graphed")
 """`OURS` with the tiles that a sweep in the same run found, in place of the shipped tables'."""
+CHOSEN_AGAINST = {"fused": "fused_ours", "library": "fused_library"}
+"""The fused module with the convolutions that `bam_kernels.convolution_choice` does not take."""
 PLAIN_PEERS = ("eager", "compile", "compile_autotune")
 GRAPHED_PEERS = ("eager_graphed", "compile_graphed", "compile_autotune_graphed")
 COMPILE_MODES = {"compile": None, "compile_autotune": "max-autotune-no-cudagraphs"}
@@ -202,12 +204,23 @@ def _overriding(tiles: Mapping[str, Any] | None) -> AbstractContextManager[None]
     return configs.override(**tiles)
 
 
-def _under(tiles: Mapping[str, Any], run: Callable[[], None]) -> Callable[[], None]:
-    def with_tiles() -> None:
-        with _overriding(tiles):
+def _under(
+    context: Callable[[], AbstractContextManager[None]], run: Callable[[], None]
+) -> Callable[[], None]:
+    def inside() -> None:
+        with context():
             run()
 
-    return with_tiles
+    return inside
+
+
+def _other_convolutions(case: Case, x: Tensor) -> str | None:
+    """The choice of convolutions that is not taken for a case; None where there is none."""
+    if not convolution_choice.on_gpu(x):
+        return None
+    hidden, inference = case.shape.site.channels // 16, case.mode != TRAINING
+    ours = convolution_choice.by_library(hidden, x, inference=inference) is None
+    return "library" if ours else "fused"
 
 
 def measure_case(
@@ -235,8 +248,14 @@ def measure_case(
         "fused": (fused, fused, "triton"),
         "eager": (plain, plain, "auto"),
     }
+    contexts: dict[str, Callable[[], AbstractContextManager[None]]] = {}
     if tiles:
         runs["fused_tuned"] = runs["fused"]
+        contexts["fused_tuned"] = functools.partial(_overriding, tiles)
+    other = _other_convolutions(case, sets[0][0])
+    if other is not None:
+        runs[CHOSEN_AGAINST[other]] = runs["fused"]
+        contexts[CHOSEN_AGAINST[other]] = functools.partial(convolution_choice.convolutions, other)
     peers: dict[str, Peer] = {}
     found: dict[str, dict[str, Any]] = {}
     for name in compile_as:
@@ -255,8 +274,8 @@ def measure_case(
             steps(forward, module, sets, backend),
             steps(forward, module, sets[:1], backend),
         )
-        if tiles and name == "fused_tuned":
-            run, single = _under(tiles, run), _under(tiles, single)
+        if name in contexts:
+            run, single = _under(contexts[name], run), _under(contexts[name], single)
         entry = found.setdefault(name, {})
         try:
             single()
@@ -305,7 +324,8 @@ def conclude(
     ``ratio_plain`` compares calls as Python makes them, ``ratio_graphed`` CUDA graphs with CUDA
     graphs, and ``ratio_best`` the best of all with the best of ours; above 1, ours is faster. All
     three are of the shipped launch tables. ``ratio_tuned`` is their time over the tuned tiles', as
-    CUDA graphs if there are both, where there are tuned ones.
+    CUDA graphs if there are both, where there are tuned ones; ``ratio_convolutions`` likewise the
+    time with the convolutions that are not taken, ours or the library's, over ours as shipped.
     """
     ms = {name: entry["median_ms"] for name, entry in found.items() if "median_ms" in entry}
 
@@ -315,8 +335,12 @@ def conclude(
         return min(theirs) / min(mine) if mine and theirs else None
 
     tuned = ratio(TUNED[1:], OURS[1:]) or ratio(TUNED[:1], OURS[:1])
+    others = tuple(CHOSEN_AGAINST.values())
+    graphs = tuple(f"{name}_graphed" for name in others)
+    other = ratio(OURS[1:], graphs) or ratio(OURS[:1], others)
     return {
         **({} if tuned is None else {"ratio_tuned": tuned}),
+        **({} if other is None else {"ratio_convolutions": other}),
         "ratio_plain": ratio(OURS[:1], PLAIN_PEERS),
         "ratio_graphed": ratio(OURS[1:], GRAPHED_PEERS),
         "ratio_best": ratio(OURS, PLAIN_PEERS + GRAPHED_PEERS),
