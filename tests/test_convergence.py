@@ -110,6 +110,7 @@ def clear_of_kinks(preset, reduction, first_seed, images, labels):
     raise AssertionError("no seed of 100 keeps all units away from their kinks")
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", CASES)
 def test_the_loss_curves_lie_on_each_other(preset, device, large_tiles):

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from cpp_testing import cpp_testing  # noqa: F401 - a fixture
 from torch import Tensor
 
+pytestmark = pytest.mark.once
+
 BF16 = torch.bfloat16
 TILE, DEPTH = 16, 32
 GUARD = 77.0

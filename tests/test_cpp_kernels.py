@@ -18,6 +18,8 @@ from test_cpp_parity import ISAS, need_cpp, threads
 from tolerances import PARITY, relative_error
 from torch import Tensor
 
+pytestmark = pytest.mark.once
+
 WIDE = (torch.float32, torch.float64)
 HALVES = (torch.float16, torch.bfloat16)
 GUARD = 77

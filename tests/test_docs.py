@@ -132,6 +132,7 @@ def test_every_command_has_its_help():
         assert f"\n## {module.__name__.rpartition('.')[2]}\n" in text
 
 
+@pytest.mark.once
 def test_the_site_builds_strictly(tmp_path):
     pytest.importorskip("mkdocs", reason="pip install '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]

@@ -61,7 +61,9 @@ def test_cost_grows_with_what_it_is_of():
 
 def test_cost_refuses():
     case = cost.case_of((2, 32, 8, 8), "float32", "nchw", INFERENCE)
-    with pytest.raises(ValueError, match="kind: expected one of fused, eager, library, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="kind: expected one of fused, eager, ours, library, got 'fast'"
+    ):
         cost.cost(case, "fast")
     with pytest.raises(ValueError, match="more than one value per channel"):
         cost.cost(cost.case_of((1, 32, 8, 8), "float32", "nchw", TRAINING))
