@@ -99,9 +99,17 @@ def draw_shapes(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train(
-    model: nn.Module, steps: int, loss_of: Callable[[], Tensor], title: str, lr: float = 1e-3
+    model: nn.Module,
+    steps: int,
+    loss_of: Callable[[], Tensor],
+    title: str,
+    lr: float = 1e-3,
+    decay: bool = False,
 ) -> float:
-    """AdamW, the BAMs at ten times the learning rate of the rest; returns the last loss."""
+    """AdamW, the BAMs at ten times the learning rate of the rest; returns the last loss.
+
+    With `decay` the rate falls to 0 along a cosine, and batch norms' running statistics settle.
+    """
     from tqdm import trange
 
     bams = [p for name, p in model.named_parameters() if ".bam." in name]
@@ -109,6 +117,7 @@ def train(
     rest = [p for p in model.parameters() if id(p) not in theirs]
     groups = [{"params": rest}] + ([{"params": bams, "lr": 10 * lr}] if bams else [])
     optimizer = torch.optim.AdamW(groups, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if decay else None
     model.train()
     value = float("nan")
     with trange(steps, desc=title, file=sys.stderr) as bar:
@@ -117,6 +126,8 @@ def train(
             loss = loss_of()
             loss.backward()
             optimizer.step()
+            if schedule is not None:
+                schedule.step()
             value = loss.item()
             bar.set_postfix(loss=f"{value:.3f}")
     return value

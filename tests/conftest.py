@@ -28,6 +28,19 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full-size", action="store_true",
+        help="large networks at their own input size: minutes each, and up to 16 GB of memory",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def full_size(request: pytest.FixtureRequest) -> bool:
+    """Whether networks that take minutes at their own input size are run at it."""
+    return request.config.getoption("--full-size")
+
+
 def kernel_device() -> torch.device:
     """Where the kernels run in this test session."""
     if not _HAS_GPU:

@@ -60,6 +60,9 @@ class Network(nn.Module):
                     part.running_var.uniform_(0.5, 2.0)
                 elif isinstance(part, nn.Linear | nn.Conv2d):
                     part.bias.uniform_(0.5, 1.5)  # so that no hidden layer is dead on all samples
+                    if isinstance(part, nn.Linear):  # of few units: a bias that weighs more
+                        part.bias += 0.5
+                        part.weight *= 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem_bam(F.relu(self.stem_norm(self.stem(x))))

@@ -19,7 +19,7 @@ NEEDS = {
     "analyze_attention": ("timm", "sklearn", "skimage", "matplotlib", "tqdm"),
     "detect_boxes": ("torchvision", "sklearn", "PIL", "tqdm"),
     "finetune_classifier": ("torchvision", "sklearn", "tqdm"),
-    "segment_shapes": ("segmentation_models_pytorch", "sklearn", "PIL", "tqdm"),
+    "segment_shapes": ("segmentation_models_pytorch", "sklearn", "skimage", "PIL", "tqdm"),
     "super_resolution": ("sklearn", "PIL", "tqdm"),
 }
 TINY = {
@@ -100,7 +100,7 @@ def test_segment_shapes(monkeypatch, capsys):
     )
     assert "BAMs: encoder.layer1.bam, encoder.layer2.bam, encoder.layer3.bam" in out
     for label in ("untrained", "trained"):
-        assert 0 <= number(out, f"other photograph, {label}") <= 1
+        assert 0 <= number(out, f"other photographs, {label}") <= 1
     assert len(re.findall(r"mean M on the shapes 0\.\d+, beside them 0\.\d+", out)) == 3
     assert "training: 100%" in err
 
@@ -125,7 +125,7 @@ def test_with_and_without_from_the_same_draws(name, monkeypatch, capsys):
     import _common
 
     label = {"super_resolution": "network"}.get(name, " trained").strip()
-    pattern = rf"other photograph, {label}: (\d+\.\d+)"
+    pattern = rf"other photographs?, {label}: (\d+\.\d+)"
     drawn: list[list[torch.Tensor]] = []
     crops = _common.crops
 

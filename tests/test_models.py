@@ -162,10 +162,10 @@ def test_super_resolution():
 
 
 @needs_cpp
-def test_segmentation():
+def test_segmentation(full_size):
     """On small images: ADE20K's size takes a minute."""
     name = "upernet_resnet50"
-    size = (64, 96)
+    size = models.get(name).input_size if full_size else (64, 96)
     plain, fused = twins(name, "bam", lambda model: model(images(name, 2, size)))
     assert plain(images(name, 1, size)).shape == (1, 150, *size)
     assert_same(plain, fused, images(name, 1, size))
@@ -218,9 +218,10 @@ def test_bam_before_each_predictor(name):
 
 @needs_cpp
 @pytest.mark.parametrize("name", ("fasterrcnn_resnet50_fpn", "ssd300_mobilenet"))
-def test_detectors_learn_and_find(name):
+def test_detectors_learn_and_find(name, full_size):
     """Losses, their gradients, and boxes of whole detectors."""
-    pictures = [torch.rand(3, h, w, dtype=torch.float64) for h, w in ((70, 90), (64, 80))]
+    sizes = [models.get(name).input_size] * 2 if full_size else [(70, 90), (64, 80)]
+    pictures = [torch.rand(3, *size, dtype=torch.float64) for size in sizes]
     targets = [
         {
             "boxes": torch.tensor([[5.0, 8.0, 40.0, 50.0], [20.0, 10.0, 60.0, 60.0]]).double(),
@@ -235,7 +236,7 @@ def test_detectors_learn_and_find(name):
         return model(pictures, targets)
 
     def smaller(model: nn.Module) -> None:
-        if name.startswith("faster"):
+        if name.startswith("faster") and not full_size:
             model.transform.min_size = (96,)
             model.rpn._post_nms_top_n = {"training": 60, "testing": 30}
             model.roi_heads.fg_bg_sampler.batch_size_per_image = 40
