@@ -172,6 +172,28 @@ def study() -> str:
     )
 
 
+def attention_cost() -> str:
+    """What attention costs a network, fused and eager, as measured."""
+    name = "compare-cifar-resnet50.json"
+    found = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    header = ["attention", "kernels", "inference, ms", "x", "training step, ms", "x",
+              "peak MiB, inference", "peak MiB, training"]  # fmt: skip
+    lines = [header, ["---", "---", *["---:"] * 6]]
+    for row in found["rows"]:
+        cells = [row["attention"], row["kind"]]
+        for mode in ("inference", "training"):
+            cells.append(f"{row[mode]['median_ms']:.1f}")
+            cells.append(f"{row['ratios'][f'{mode} median_ms']:.2f}")
+        cells += [f"{row[m]['peak_bytes'] / 2**20:.0f}" for m in ("inference", "training")]
+        lines.append(cells)
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    versions = f"torch {found['versions']['torch']}, commit {found['commit'][:12]}"
+    return (
+        f"{table}\n\n{found['what']}; x: to the baseline. `{name}`: {found['machine']['cpu']}, "
+        f"{found['machine']['threads']} threads, {found['backend']} kernels, {versions}."
+    )
+
+
 def _drawing(name: str) -> Callable[[], str]:
     return lambda: _load(ROOT / "docs/drawings.py").svg(name)
 
@@ -187,6 +209,7 @@ FILLS: dict[str, Callable[[], str]] = {
     "public": public,
     "recipes": recipes,
     "study": study,
+    "attention_cost": attention_cost,
     "forward": _drawing("forward"),
     "backward": _drawing("backward"),
 }
