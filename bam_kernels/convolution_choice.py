@@ -50,15 +50,13 @@ def by_library(hidden: int, x: Tensor, *, inference: bool = False) -> str | None
 
     Args:
         hidden: channels inside.
-        x: the module's input [N, C, H, W].
+        x: the module's input, or what else has its device and dtype.
         inference: whether neither gradients nor batch statistics are asked for.
     """
-    if _choice == "fused" or not on_gpu(x):
+    if _choice == "fused" or (inference and _choice == "auto") or not on_gpu(x):
         return None
     if _choice == "library":
         return "the library's convolutions were asked for"
-    if inference:
-        return None
     precision = precision_of(x.dtype) if hidden > min(WIDEST_TRAINED.values()) else "half"
     widest = WIDEST_TRAINED.get(precision, hidden)
     if hidden <= widest:

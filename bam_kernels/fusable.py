@@ -101,8 +101,8 @@ def unfusable_mlp(branch: ChannelBranch, samples: int) -> str | None:
 
 
 def unfusable_spatial(branch: SpatialBranch, x: Tensor) -> str | None:
-    """Why what follows the reduction runs as PyTorch's own operators in training on x, the module's
-    input; None if it is fused."""
+    """Why what follows the reduction runs as PyTorch's own operators in training; None if it is
+    fused. x is the module's input, or what else has its device and dtype."""
     convs = list(branch.dilated)
     norms = [] if branch.hidden_norm is None else list(branch.hidden_norm)
     norms += [] if branch.norm is None else [branch.norm]

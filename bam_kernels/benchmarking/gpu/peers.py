@@ -214,12 +214,12 @@ def _under(
     return inside
 
 
-def _other_convolutions(case: Case, x: Tensor) -> str | None:
-    """The choice of convolutions that is not taken for a case; None where there is none."""
+def _other_convolutions(fused: bam_kernels.BAM, x: Tensor) -> str | None:
+    """The choice of convolutions that is not taken for x; None where there is none."""
     if not convolution_choice.on_gpu(x):
         return None
-    hidden, inference = case.shape.site.channels // 16, case.mode != TRAINING
-    ours = convolution_choice.by_library(hidden, x, inference=inference) is None
+    hidden = fused.spatial.reduce.out_channels
+    ours = convolution_choice.by_library(hidden, x, inference=not fused.training) is None
     return "library" if ours else "fused"
 
 
@@ -252,7 +252,7 @@ def measure_case(
     if tiles:
         runs["fused_tuned"] = runs["fused"]
         contexts["fused_tuned"] = functools.partial(_overriding, tiles)
-    other = _other_convolutions(case, sets[0][0])
+    other = _other_convolutions(fused, sets[0][0])
     if other is not None:
         runs[CHOSEN_AGAINST[other]] = runs["fused"]
         contexts[CHOSEN_AGAINST[other]] = functools.partial(convolution_choice.convolutions, other)
