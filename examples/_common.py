@@ -63,6 +63,13 @@ def photographs() -> tuple[Tensor, Tensor]:
     return to_tensor[0], to_tensor[1]
 
 
+def more_photographs(*names: str) -> list[Tensor]:
+    """scikit-image's photographs of these names: [3, H, W] in 0 to 1."""
+    from skimage import data
+
+    return [torch.tensor(getattr(data, n)()).permute(2, 0, 1).float() / 255 for n in names]
+
+
 def crops(photo: Tensor, count: int, size: int) -> Tensor:
     """[count, 3, size, size] cut out anywhere, half of them mirrored."""
     h, w = photo.shape[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from _common import crops
+from _common import crops, more_photographs
 from torch import Tensor
 
 PHOTOGRAPHS = {"train": ("astronaut", "coffee"), "held out": ("chelsea", "rocket")}
@@ -20,14 +20,10 @@ class Scenes:
     """
 
     def __init__(self, part: str, size: int) -> None:
-        from skimage import data
         from sklearn.datasets import load_digits
 
         self.size = size
-        self.photos = [
-            torch.tensor(getattr(data, name)()).permute(2, 0, 1).float() / 255
-            for name in PHOTOGRAPHS[part]
-        ]
+        self.photos = more_photographs(*PHOTOGRAPHS[part])
         digits = load_digits()
         chosen = slice(0, 1297) if part == "train" else slice(1297, None)
         self.digits = torch.tensor(digits.images[chosen], dtype=torch.float32) / 16

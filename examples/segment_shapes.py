@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from _common import Parser, crops, draw_shapes, photographs, train
+from _common import Parser, crops, draw_shapes, more_photographs, photographs, train
 from _compare import add_options, compare
 from torch import Tensor, nn
 
@@ -18,13 +18,6 @@ def overlap(model: nn.Module, images: Tensor, masks: Tensor) -> float:
         found = model(images).argmax(1)
     right = (found == masks) & (masks > 0)
     return (right.sum() / ((found > 0) | (masks > 0)).sum()).item()
-
-
-def more(*names: str) -> list[Tensor]:
-    """scikit-image's photographs: [3, H, W] in 0 to 1."""
-    from skimage import data
-
-    return [torch.tensor(getattr(data, n)()).permute(2, 0, 1).float() / 255 for n in names]
 
 
 def main() -> None:
@@ -45,7 +38,8 @@ def main() -> None:
     except (KeyError, ValueError, RuntimeError) as problem:
         parser.error(f"--encoder: {str(problem)[:200]}")
     china, flower = photographs()
-    known, held_out = [china, *more("astronaut", "coffee")], [flower, *more("rocket")]
+    known = [china, *more_photographs("astronaut", "coffee")]
+    held_out = [flower, *more_photographs("rocket")]
 
     def scenes(photos: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
         chosen = torch.randint(len(photos), (count,)).tolist()
