@@ -20,10 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = (
-    "environment", "matrix", "parity", "sanitizer", "bandwidth", "times", "kernels", "sweep",
-    "compile", "tuned",
+    "environment", "matrix", "parity", "sanitizer", "bandwidth", "times", "kernels", "profile",
+    "sweep", "compile", "tuned",
 )  # fmt: skip
-MEASURED = {"times", "kernels", "sweep", "compile", "tuned"}
+MEASURED = {"times", "kernels", "profile", "sweep", "compile", "tuned"}
 KERNELS = ("pool_reduce", "gate", "gate_backward_reduce", "input_gradient")
 
 
@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
         "measure those too; JSON and a table come out.",
         epilog="Sections: environment; matrix, modules of all dtypes, layouts and options against "
         "float64; parity, the test suite; sanitizer, memcheck and racecheck where the tool works; "
-        "bandwidth of a copy; times, fused beside eager; kernels, each alone; sweep, over tiles, "
-        "warps and stages; compile, torch.compile and the sweep's tiles among the peers; tuned, "
+        "bandwidth of a copy; times, fused beside eager; kernels, each alone; profile, where the time "
+        "of a call goes; sweep, over tiles, warps and stages; compile, torch.compile and the sweep's tiles among the peers; tuned, "
         "the sweep's tiles in the cases that compile left out.",
     )
     p.add_argument(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_matrix
+import gpu_profile
 import gpu_sanitizer
 import gpu_table
 import torch
@@ -347,6 +348,14 @@ class Run:
         section = self.budget.section("kernels")
         shapes = self.selection.shapes()
         run_kernels(shapes, self.args.kernels, self.settings, section, self.report)
+
+    def _profile(self) -> None:
+        if not self.on_gpu:
+            return
+        section = self.budget.section("profile")
+        gpu_profile.run_profile(self.selection.cases(), self.settings, section, self.report)
+        text = "\n".join(gpu_profile.lines(self.report.data))
+        self.path.with_suffix(".profile.txt").write_text(text + "\n")
 
     def _candidates(self) -> int | None:
         return self.args.candidates or (2 if self.args.smoke else None)

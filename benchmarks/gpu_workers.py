@@ -16,7 +16,9 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Task = tuple[str, tuple[Any, ...]]
@@ -46,7 +48,12 @@ def run_task(task: Task) -> Outcome:
     try:
         return Outcome(None, getattr(importlib.import_module(module), name)(*arguments))
     except Exception as error:
-        return Outcome(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        where = " < ".join(
+            f"{Path(frame.filename).name}:{frame.lineno}"
+            for frame in reversed(traceback.extract_tb(error.__traceback__)[-4:])
+        )
+        text = " ".join(str(error).split())
+        return Outcome(f"{type(error).__name__}: {text[:400]} (at {where})")
 
 
 def device_is_usable() -> bool:
