@@ -75,7 +75,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch):
     split = configs.split_weight_gradient
     # A few tiles in two parts are split as well as in as many parts as there are tiles.
     monkeypatch.setattr(
-        configs, "split_weight_gradient", lambda n: min(n, 2) if n <= 16 else split(n)
+        configs, "split_weight_gradient", lambda n, h: min(n, 2) if n <= 16 else split(n, h)
     )
     with configs.override(**dict.fromkeys(configs.KERNELS, tile)):
         yield

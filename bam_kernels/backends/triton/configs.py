@@ -190,35 +190,46 @@ def mlp_gate_tile(
     return None
 
 
-def spatial_tile(
-    dtype: torch.dtype, positions: int, hidden: int, channels_last: bool, precision: str
-) -> Tile:
-    """Of every kernel of the spatial branch: block_p positions, and all of the hidden channels."""
+def spatial_tile(dtype: torch.dtype, positions: int, hidden: int, precision: str) -> Tile:
+    """Of every kernel of the spatial branch: block_p positions, and all of the hidden channels.
+
+    Args:
+        dtype: of its maps.
+        positions: N * H * W.
+        hidden: their channels.
+        precision: of fp32 dots, "ieee" or "tf32".
+    """
     entry = _overrides.get("spatial_branch")
-    return _spatial_tile(entry, dtype, positions, hidden, channels_last, precision)
+    return _spatial_tile(entry, dtype, positions, hidden, precision)
 
 
 @functools.lru_cache(maxsize=4096)
 def _spatial_tile(
-    entry: Tile | None,
-    dtype: torch.dtype,
-    positions: int,
-    hidden: int,
-    channels_last: bool,
-    precision: str,
+    entry: Tile | None, dtype: torch.dtype, positions: int, hidden: int, precision: str
 ) -> Tile:
     if entry is None:
-        entry = _spatial_branch(dtype.itemsize, hidden, channels_last, precision)
+        entry = _spatial_branch(dtype.itemsize, hidden, precision)
     block_p = min(entry.block_p, max(next_power_of_2(positions), _LEAST))
     return dataclasses.replace(entry, block_p=block_p)
 
 
-def split_weight_gradient(count: int) -> int:
+def taps(dtype: torch.dtype, block_h: int) -> tuple[int, int]:
+    """Of a 3x3 convolution, how many taps a dot takes side by side, padded to a power of two, and
+    how many of these there are: narrow layers make dots too short to hide a load behind."""
+    return (4, 3) if dtype.itemsize == 2 and block_h <= 32 else (1, 1)
+
+
+_WEIGHT_GRADIENT_BYTES = 4 << 20
+
+
+def split_weight_gradient(count: int, hidden: int = 16) -> int:
     """Into how many parts the walk over all `count` tiles is cut in a dilated conv's dW.
 
-    Nine taps are nine programs a part; each part owns a partial of dW.
+    Each part owns a partial of dW, of 36 h^2 bytes: as many as fill the GPU, and no more than
+    `_WEIGHT_GRADIENT_BYTES` of them.
     """
-    return max(1, min(count, 16))
+    most = max(16, min(256, _WEIGHT_GRADIENT_BYTES // (36 * hidden * hidden)))
+    return max(1, min(count, most))
 
 
 def split_channels(blocks: int, other_programs: int, channels: int = 0, hidden: int = 0) -> int:
@@ -291,17 +302,13 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
     return Tile(64, 64, 16, 1) if hidden > 16 else Tile(64, 64, 8, 1, registers=255)
 
 
-def _spatial_branch(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
+def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
     # The accumulator is hidden x block_p, and nine shifted tiles of the input pass through. Wider
     # tiles spill in the backward convolution, which applies a norm's gradient as it loads.
     if itemsize == 8:
         return Tile(0, 16, 8, 1) if hidden > 64 else Tile(0, 32, 4, 1)
     if itemsize == 2:
-        if hidden > 32:
-            return Tile(0, 64, 4, 1) if channels_last else Tile(0, 32, 8, 1)
-        if hidden > 16:
-            return Tile(0, 32, 4, 1) if channels_last else Tile(0, 64, 8, 1)
-        return Tile(0, 64, 8, 1) if channels_last else Tile(0, 128, 4, 1)
+        return Tile(0, 64 if hidden > 16 else 128, 8, 3)
     if precision == "ieee" and hidden > 16:
         return Tile(0, 16, 8, 1) if hidden > 32 else Tile(0, 32, 8, 1)
     if hidden > 32:

@@ -46,6 +46,17 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def relu(value):
+    """A ReLU that lets NaN through, as torch's does."""
+    if _INTERPRETED and value.dtype == tl.bfloat16:
+        wide = value.to(tl.float32)
+        value = narrow(tl.where(wide < 0, 0.0, wide), tl.bfloat16)
+    else:
+        value = tl.where(value < 0, 0.0, value)
+    return value
+
+
+@triton.jit
 def sigmoid(z):
     """1 / (1 + exp(-z)); exp overflows to inf below, which gives the right 0."""
     return 1 / (1 + tl.exp(-z))

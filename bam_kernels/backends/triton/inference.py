@@ -37,14 +37,13 @@ from bam_kernels.backends.triton.spatial_conv import (
     conv_tile,
     norm_arguments,
     projection_arguments,
-    spread,
 )
 from bam_kernels.backends.triton.spatial_layout import Map
+from bam_kernels.backends.triton.spatial_pack import prepare
 
 # --- kernels ----------------------------------------------------------------------------------
 
-_SIZES = ["N", "H", "W", "positions", "tiles", "stride_out", "stride_in", "stride_tap"]
-_SIZES += ["mlp_programs", "mlp_channel_blocks", "pooled_tiles"]
+_SIZES = ["N", "H", "W", "positions", "total", "mlp_programs", "mlp_channel_blocks", "pooled_tiles"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -87,10 +86,7 @@ def _conv_mlp_kernel(
     H,
     W,
     positions,
-    tiles,
-    stride_out,
-    stride_in,
-    stride_tap,
+    total,
     hidden,
     channels,
     mlp_hidden,
@@ -101,7 +97,6 @@ def _conv_mlp_kernel(
     EPS: tl.constexpr,
     NEXT_EPS: tl.constexpr,
     FINAL_EPS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -110,6 +105,8 @@ def _conv_mlp_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    TAPS: tl.constexpr,
+    USED: tl.constexpr,
     MLP: tl.constexpr,
     MLP_HIDDEN_NORM: tl.constexpr,
     MLP_HIDDEN_EPS: tl.constexpr,
@@ -120,7 +117,7 @@ def _conv_mlp_kernel(
     MLP_BLOCK_H: tl.constexpr,
 ):
     """A dilated convolution and, where MLP says so, the channel MLP beside it: neither waits for
-    the other. Grid: the MLP's blocks, then N x tiles."""
+    the other. Grid: the MLP's blocks, then tiles."""
     pid = tl.program_id(0)
     if MLP:
         if pid < mlp_programs:
@@ -137,9 +134,8 @@ def _conv_mlp_kernel(
             pid - mlp_programs, source, source_bias, weight, bias, out, None, None, mean, variance,
             gamma, beta, None, next_mean, next_variance, next_gamma, next_beta, project_weight,
             project_bias, logits, None, None, None, final_mean, final_variance, final_gamma,
-            final_beta, N, H, W, positions, tiles, 0, 0, 0, 0, 0, stride_out, stride_in,
-            stride_tap, hidden, DILATION, EPS, NEXT_EPS, FINAL_EPS, CHANNELS_LAST, PRECISION, ACC,
-            BLOCK_P, BLOCK_H, BLOCK_K, BLOCK_T, SPLITS, DTYPE,
+            final_beta, H, W, positions, total, 0, 0, 0, hidden, DILATION, EPS, NEXT_EPS, FINAL_EPS,
+            PRECISION, ACC, BLOCK_P, BLOCK_H, BLOCK_K, BLOCK_T, TAPS, USED, SPLITS, DTYPE,
         )  # fmt: skip
 
 
@@ -173,10 +169,8 @@ def _logits(x: Tensor, module: Module, parts: Parts) -> tuple[Tensor | None, Ten
     """Both branches' logits behind the heads."""
     n, _, h, w = x.shape
     hidden = module.reduce.weight.shape[0]
-    tile = configs.spatial_tile(
-        x.dtype, h * w, hidden, parts.channels_last, conv_precision(x.dtype)
-    )
-    m = Map(n, h, w, hidden, parts.channels_last, x.dtype, x.device, tile)
+    tile = configs.spatial_tile(x.dtype, n * h * w, hidden, conv_precision(x.dtype))
+    m = Map(n, h, w, hidden, x.dtype, x.device, tile)
     beside = bool(module.channel and module.convs)
     mlp = _mlp(x, module, parts) if beside else None
     parts = whole(
@@ -197,12 +191,12 @@ def _logits(x: Tensor, module: Module, parts: Parts) -> tuple[Tensor | None, Ten
                 None, project.weight.flatten(), project.bias, project.norm, logits=logits
             )
             launch_project(m, parts.reduced, module.last, None, None, projection)
-        source = parts.reduced
+        source, (_, packed) = parts.reduced, prepare(m, None, [c.weight for c in module.convs])
         for i, conv in enumerate(module.convs):
             first, last = i == 0, i == len(module.convs) - 1
             out = None if last else m.empty()
             _launch_conv(
-                m, source, conv, module, out, logits if last else None,
+                m, source, packed[i], conv, module, out, logits if last else None,
                 splits=parts.splits if first else 1, mlp=mlp if first else None,
             )  # fmt: skip
             source = out
@@ -286,6 +280,7 @@ _NO_MLP = dict.fromkeys(
 def _launch_conv(
     m: Map,
     source: Tensor,
+    packed: Tensor,
     conv: Layer,
     module: Module,
     out: Tensor | None,
@@ -294,7 +289,6 @@ def _launch_conv(
     mlp: _Mlp | None,
 ) -> None:
     """One convolution; the last one, given the logits, makes the projection too."""
-    weight, (stride_out, stride_in, stride_tap) = spread(conv.weight)
     last = logits is not None
     following = module.last if last else None
     project = module.project if last else None
@@ -305,7 +299,7 @@ def _launch_conv(
         (programs,),
         source,
         dense(module.reduce.bias) if splits > 1 else None,
-        weight,
+        packed,
         dense(conv.bias),
         out,
         **norm_arguments(conv.norm),
@@ -318,10 +312,7 @@ def _launch_conv(
         H=m.h,
         W=m.w,
         positions=m.positions,
-        tiles=m.tiles,
-        stride_out=stride_out,
-        stride_in=stride_in,
-        stride_tap=stride_tap,
+        total=m.total,
         hidden=m.hidden,
         DILATION=module.dilation,
         EPS=0.0 if conv.norm is None else conv.norm.eps,
@@ -332,6 +323,8 @@ def _launch_conv(
         SPLITS=splits,
         BLOCK_K=m.block_k,
         BLOCK_T=m.block_t,
+        TAPS=m.taps[0],
+        USED=m.taps[1],
         **(_NO_MLP if mlp is None else mlp.arguments),
         **m.constants(),
     )

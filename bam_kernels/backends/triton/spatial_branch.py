@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from bam_kernels.backends.reference import norm_widths, pairs_size, split_pairs
-from bam_kernels.backends.triton.device_math import map_offsets
 from bam_kernels.backends.triton.launch import accumulator, cdiv, device_guard, launch
 from bam_kernels.backends.triton.replay import replayed
 from bam_kernels.backends.triton.spatial_conv import (
@@ -33,7 +32,13 @@ from bam_kernels.backends.triton.spatial_layout import (
     settle,
     statistics_of,
 )
-from bam_kernels.backends.triton.spatial_math import input_affine, project
+from bam_kernels.backends.triton.spatial_math import (
+    input_affine,
+    project,
+    tile_offsets,
+    tile_positions,
+)
+from bam_kernels.backends.triton.spatial_pack import prepare
 
 # --- kernels ----------------------------------------------------------------------------------
 
@@ -57,18 +62,13 @@ def _project_kernel(
     final_variance,
     final_gamma,
     final_beta,
-    N,
-    positions,
-    tiles,
+    total,
     count,
     partial_count,
-    partial_tiles,
-    partial_positions,
     partial_block,
     hidden,
     EPS: tl.constexpr,
     FINAL_EPS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -76,28 +76,24 @@ def _project_kernel(
 ):
     """The projection by itself, where the norm in front of it needs a pass of its own."""
     pid = tl.program_id(0)
-    n = (pid // tiles).to(tl.int64)
-    tile = pid % tiles
-    columns = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_p = columns < positions
+    first, own, in_p, n_in_tile = tile_positions(pid, total, BLOCK_P)
     units = tl.arange(0, BLOCK_H)
     in_h = units < hidden
     mu, scale, shift = input_affine(
-        partials, partial_count, partial_tiles, partial_positions, partial_block, N, statistics,
-        mean, variance, gamma, beta, units, in_h, hidden, EPS, ACC, BLOCK_H, BLOCK_T,
+        partials, partial_count, partial_block, total, statistics, mean, variance, gamma, beta,
+        units, in_h, hidden, EPS, ACC, BLOCK_H, BLOCK_T,
     )  # fmt: skip
-    at = map_offsets(units, columns, hidden if CHANNELS_LAST else positions, 1, CHANNELS_LAST)
-    source += n * hidden * positions
-    value = tl.load(source + at, mask=in_h[:, None] & in_p[None, :], other=0.0).to(ACC)
+    at = tile_offsets(units, own, hidden)
+    mask = in_h[:, None] & in_p[None, :]
+    value = tl.load(source + first * hidden + at, mask=mask, other=0.0).to(ACC)
     _, _, _, q = project(value, mu, scale, shift, units, in_h, project_weight, project_bias, ACC)
     finish_logits(
-        q, in_p, tl.minimum(positions - tile * BLOCK_P, BLOCK_P), pid, count,
-        n * positions + columns, logits, logits_partials, dlogits, final_sums, final_mean,
-        final_variance, final_gamma, final_beta, FINAL_EPS, ACC,
+        q, in_p, n_in_tile, pid, count, first + own, logits, logits_partials, dlogits, final_sums,
+        final_mean, final_variance, final_gamma, final_beta, FINAL_EPS, ACC,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "total"])
+@triton.jit(do_not_specialize=["total", "partial_count", "partial_block"])
 def _normalize_logits_kernel(
     logits,
     out,
@@ -105,11 +101,8 @@ def _normalize_logits_kernel(
     statistics,
     gamma,
     beta,
-    N,
     total,
     partial_count,
-    partial_tiles,
-    partial_positions,
     partial_block,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
@@ -119,8 +112,8 @@ def _normalize_logits_kernel(
     """The last norm with batch statistics: one channel, N * P values."""
     one = tl.arange(0, 1)
     mu, scale, shift = input_affine(
-        partials, partial_count, partial_tiles, partial_positions, partial_block, N, statistics,
-        None, None, gamma, beta, one, one < 1, 1, EPS, ACC, 1, BLOCK_T,
+        partials, partial_count, partial_block, total, statistics, None, None, gamma, beta, one,
+        one < 1, 1, EPS, ACC, 1, BLOCK_T,
     )  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(logits + i, mask=i < total, other=0.0)
@@ -149,13 +142,9 @@ def launch_project(
         source,
         None if partials is None else partials.data,
         None if partials is None else statistics,
-        N=1 if partials is not None and partials.count == 1 else m.n,
-        positions=m.positions,
-        tiles=m.tiles,
-        count=m.count,
-        hidden=m.hidden,
         EPS=0.0 if norm is None else norm.eps,
         BLOCK_T=m.block_t,
+        **m.sizes(),
         **(NO_PARTIALS if partials is None else partials.arguments()),
         **arguments,
         **rest,
@@ -201,17 +190,17 @@ def spatial_branch_forward(
     final_partials = m.workspace(2, m.count, 1) if final and final.batch_stats else None
 
     with device_guard(reduced):
+        source, packed = prepare(m, reduced, weights)
         projection = projection_arguments(
             None, project_weight, project_bias, final, logits=logits, logits_partials=final_partials
         )
-        source, projected = reduced, False
-        partials = None
+        partials, projected = None, False
         if hidden[0] is not None and hidden[0].batch_stats:
             partials = statistics_of(m, source)
-        for i, weight in enumerate(weights):
+        for i, weight in enumerate(packed):
             following = hidden[i + 1]
             takes_stats = following is not None and following.batch_stats
-            last = i == len(weights) - 1
+            last = i == len(packed) - 1
             projected = last and not takes_stats
             out = None if projected else m.empty()
             out_partials = m.workspace(2, m.count, m.hidden) if takes_stats else None
@@ -245,7 +234,6 @@ def _normalize_logits(
         statistics,
         norm.gamma,
         norm.beta,
-        N=1 if settled.count == 1 else m.n,
         total=total,
         EPS=norm.eps,
         ACC=accumulator(m.dtype),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bam_kernels.backends.reference import norm_widths, pairs_size, split_pairs
 from bam_kernels.backends.triton import configs
-from bam_kernels.backends.triton.device_math import map_offsets, narrow
+from bam_kernels.backends.triton.device_math import narrow
 from bam_kernels.backends.triton.launch import cdiv, device_guard, launch
 from bam_kernels.backends.triton.replay import replayed
 from bam_kernels.backends.triton.spatial_branch import launch_project
@@ -40,14 +40,18 @@ from bam_kernels.backends.triton.spatial_math import (
     merge_scalar_sums,
     project,
     scalar_affine,
+    store_map,
     store_sums,
+    tile_offsets,
+    tile_positions,
 )
-from bam_kernels.backends.triton.sum_splits import Job, sum_splits
+from bam_kernels.backends.triton.spatial_pack import prepare
+from bam_kernels.backends.triton.sum_splits import Job, sum_splits, tall_job
 
 # --- kernels ----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["N", "positions", "tiles", "count", "final_count"])
+@triton.jit(do_not_specialize=["positions", "total", "count", "final_count"])
 def _project_backward_kernel(
     z,
     dlogits,
@@ -65,16 +69,15 @@ def _project_backward_kernel(
     final_mean,
     final_variance,
     final_gamma,
-    N,
     positions,
-    tiles,
+    total,
     count,
     final_count,
     hidden,
     EPS: tl.constexpr,
     FINAL_EPS: tl.constexpr,
     FINAL_BATCH_STATS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    TURNED: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -85,20 +88,17 @@ def _project_backward_kernel(
     du is the gradient behind the norm of z. dproject [count, hidden + 1] are partials.
     """
     pid = tl.program_id(0)
-    n = (pid // tiles).to(tl.int64)
-    columns = (pid % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_p = columns < positions
+    first, own, in_p, _ = tile_positions(pid, total, BLOCK_P)
     units = tl.arange(0, BLOCK_H)
     in_h = units < hidden
     mask = in_h[:, None] & in_p[None, :]
     mu, rstd, scale, shift = affine(mean, variance, gamma, beta, units, in_h, EPS, ACC, BLOCK_H)
-    at = map_offsets(units, columns, hidden if CHANNELS_LAST else positions, 1, CHANNELS_LAST)
-    at += n * hidden * positions
-    value = tl.load(z + at, mask=mask, other=0.0).to(ACC)
+    at = tile_offsets(units, own, hidden)
+    value = tl.load(z + first * hidden + at, mask=mask, other=0.0).to(ACC)
     u, active, weight, q = project(
         value, mu, scale, shift, units, in_h, project_weight, project_bias, ACC
     )
-    grad = tl.load(dlogits + n * positions + columns, mask=in_p, other=0.0).to(ACC)
+    grad = tl.load(dlogits + first + own, mask=in_p, other=0.0).to(ACC)
     if final_mean is not None:
         final_mu, final_rstd, final_scale, _ = scalar_affine(
             final_mean, final_variance, final_gamma, None, FINAL_EPS, ACC
@@ -108,15 +108,14 @@ def _project_backward_kernel(
             tl.store(dfinal, dgamma)
             tl.store(dfinal + 1, dbeta)
         if FINAL_BATCH_STATS:
-            total = N.to(ACC) * positions.to(ACC)
             centred = (q - final_mu) * final_rstd
-            grad = grad - dbeta / total - centred * (dgamma / total)
+            grad = grad - dbeta / total.to(ACC) - centred * (dgamma / total.to(ACC))
         grad = tl.where(in_p, grad * final_scale, 0.0)
     # A ReLU's gradient masks: an infinite one gives 0 where the unit was off.
     through = narrow(
         tl.where((u > 0) & mask, weight[:, None] * grad[None, :], 0.0), du.dtype.element_ty
     )
-    tl.store(du + at, through, mask=mask)
+    store_map(du, through, first, own, units, mask, positions, hidden, TURNED)
     if sums is not None:
         behind = through.to(ACC)
         product = tl.where(mask, behind * ((value - mu[:, None]) * rstd[:, None]), 0.0)
@@ -128,7 +127,7 @@ def _project_backward_kernel(
     tl.store(dproject + pid * (hidden + 1) + hidden, tl.sum(grad, axis=0))
 
 
-@triton.jit(do_not_specialize=["N", "positions", "tiles", "sums_count"])
+@triton.jit(do_not_specialize=["positions", "total", "count", "sums_count"])
 def _norm_backward_kernel(
     du,
     z,
@@ -138,14 +137,14 @@ def _norm_backward_kernel(
     mean,
     variance,
     gamma,
-    N,
     positions,
-    tiles,
+    total,
+    count,
     sums_count,
     hidden,
     EPS: tl.constexpr,
     BATCH_STATS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    TURNED: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -153,8 +152,7 @@ def _norm_backward_kernel(
 ):
     """Through the first norm, to the reduction's output; dz None wants gamma's and beta's alone."""
     pid = tl.program_id(0)
-    n = (pid // tiles).to(tl.int64)
-    columns = (pid % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    first, own, in_p, _ = tile_positions(pid, total, BLOCK_P)
     units = tl.arange(0, BLOCK_H)
     in_h = units < hidden
     mu, rstd, scale, _ = affine(mean, variance, gamma, None, units, in_h, EPS, ACC, BLOCK_H)
@@ -162,14 +160,15 @@ def _norm_backward_kernel(
         sums, sums_count, dnorm, units, in_h, hidden, pid == 0, ACC, BLOCK_H, BLOCK_T
     )
     if dz is not None:
-        total = N.to(ACC) * positions.to(ACC)
-        at = map_offsets(units, columns, hidden if CHANNELS_LAST else positions, 1, CHANNELS_LAST)
-        at += n * hidden * positions
-        mask = in_h[:, None] & (columns < positions)[None, :]
+        mask = in_h[:, None] & in_p[None, :]
+        if z is not None:
+            z += first * hidden
         grad = load_gradient(
-            du, z, at, mask, mu, rstd, scale, dbeta / total, dgamma / total, True, BATCH_STATS, ACC
-        )
-        tl.store(dz + at, narrow(grad, dz.dtype.element_ty), mask=mask)
+            du + first * hidden, z, tile_offsets(units, own, hidden), mask, mu, rstd, scale,
+            dbeta / total.to(ACC), dgamma / total.to(ACC), True, BATCH_STATS, ACC,
+        )  # fmt: skip
+        rounded = narrow(grad, dz.dtype.element_ty)
+        store_map(dz, rounded, first, own, units, mask, positions, hidden, TURNED)
 
 
 # --- launchers --------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ def _norm_backward_kernel(
 def _recompute(
     m: Map,
     reduced: Tensor,
-    weights: list[Tensor],
+    weights: Tensor,
     biases: list[Tensor],
     hidden: list[Norm | None],
     final: Norm | None,
@@ -195,7 +194,7 @@ def _recompute(
             out, None, projection if last else None,
         )  # fmt: skip
         maps.append(out)
-    if not weights and final is not None:
+    if not len(weights) and final is not None:
         launch_project(m, reduced, hidden[-1], None, None, projection)
     return maps
 
@@ -246,15 +245,19 @@ def spatial_branch_backward(
         hidden[-1], project_weight, project_bias, final, dlogits=dlogits, final_sums=final_sums
     )
     length = m.hidden * m.hidden * 9 + m.hidden
-    tiles_per_split = cdiv(m.count, configs.split_weight_gradient(m.count))
+    tiles_per_split = cdiv(m.count, configs.split_weight_gradient(m.count, m.hidden))
     splits = cdiv(m.count, tiles_per_split)
     dconvs = None
     if need_weights and weights:
         dconvs = m.workspace(splits, len(weights) * length)
 
     with device_guard(reduced):
-        maps = _recompute(m, reduced, weights, biases, hidden, final, projection, dilation)
-        du, sums = m.empty(), _sums(m, hidden[-1])
+        # The last of the maps' gradients lies as the reduction does.
+        in_place = not reduced.is_contiguous()
+        source, packed = prepare(m, reduced, weights)
+        maps = _recompute(m, source, packed, biases, hidden, final, projection, dilation)
+        du = m.empty(in_place or bool(weights) or hidden[0] is not None)
+        sums = _sums(m, hidden[-1])
         dproject = m.workspace(m.count, m.hidden + 1)
         settled_final = None if final is None else settle(final_sums, m, 1, centred=False)
         launch(
@@ -272,17 +275,15 @@ def spatial_branch_backward(
             final_mean=None if final is None else final.mean,
             final_variance=None if final is None else final.variance,
             final_gamma=None if final is None else final.gamma,
-            N=m.n,
             positions=m.positions,
-            tiles=m.tiles,
-            count=m.count,
             final_count=0 if final is None else settled_final.count,
-            hidden=m.hidden,
             EPS=0.0 if hidden[-1] is None else hidden[-1].eps,
             FINAL_EPS=0.0 if final is None else final.eps,
             FINAL_BATCH_STATS=final is not None and final.batch_stats,
+            TURNED=not m.lies_well(du),
             BLOCK_T=m.block_t,
             **norm_arguments(hidden[-1]),
+            **m.sizes(),
             **m.constants(),
         )
         for i in reversed(range(len(weights))):
@@ -291,9 +292,9 @@ def spatial_branch_backward(
             if not (needed or dconvs is not None or settled is not None):
                 continue
             source_sums = _sums(m, hidden[i]) if needed else None
-            dsource = m.empty() if needed else None
+            dsource = m.empty(in_place or i > 0 or hidden[0] is not None) if needed else None
             launch_conv_backward(
-                m, du, maps[i + 1], settled, dtaken[i + 1], hidden[i + 1], weights[i], maps[i],
+                m, du, maps[i + 1], settled, dtaken[i + 1], hidden[i + 1], packed[i], maps[i],
                 hidden[i], dsource, source_sums,
                 None if dconvs is None else dconvs[:, i * length : (i + 1) * length],
                 tiles_per_split, splits,
@@ -302,8 +303,10 @@ def spatial_branch_backward(
             du, sums = dsource, source_sums
         dreduced = du if need_reduced else reduced.new_empty(0)
         if hidden[0] is not None:
-            dreduced = _norm_backward(m, du, reduced, sums, hidden[0], dtaken[0], need_reduced)
-        jobs = [Job(dproject[None], project_weight.new_empty(m.hidden + 1), m.count, tall=True)]
+            dreduced = _norm_backward(
+                m, du, source, sums, hidden[0], dtaken[0], need_reduced, in_place
+            )
+        jobs = [tall_job(dproject, project_weight.new_empty(m.hidden + 1))]
         if dconvs is not None:
             out = weights[0].new_empty(len(weights) * length)
             jobs.append(Job(dconvs[None], out, splits))
@@ -324,9 +327,10 @@ def _norm_backward(
     norm: Norm,
     dnorm: Tensor,
     need_dz: bool,
+    channels_last: bool,
 ) -> Tensor:
     settled = settle(sums, m, m.hidden, centred=False)
-    dz = m.empty() if need_dz else z.new_empty(0)
+    dz = m.empty(channels_last) if need_dz else z.new_empty(0)
     known = norm_arguments(norm)
     del known["beta"]
     launch(
@@ -337,14 +341,13 @@ def _norm_backward(
         dz if need_dz else None,
         settled.data,
         dnorm,
-        N=m.n,
         positions=m.positions,
-        tiles=m.tiles,
         sums_count=settled.count,
-        hidden=m.hidden,
         EPS=norm.eps,
         BATCH_STATS=norm.batch_stats,
+        TURNED=need_dz and not m.lies_well(dz),
         BLOCK_T=m.block_t,
+        **m.sizes(),
         **known,
         **m.constants(),
     )

@@ -10,18 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bam_kernels.backends.triton.device_math import dot, map_offsets, narrow
+from bam_kernels.backends.triton.device_math import dot, narrow, relu
 from bam_kernels.backends.triton.launch import conv_precision, launch
 from bam_kernels.backends.triton.spatial_layout import NO_PARTIALS, Map, Norm, Partials
 from bam_kernels.backends.triton.spatial_math import (
     affine,
     input_affine,
     project,
-    relu,
     scalar_affine,
     store_statistics,
     store_total,
     tap_mask,
+    taps,
+    tile_coordinates,
+    tile_offsets,
+    tile_positions,
     total_of,
 )
 
@@ -73,6 +76,55 @@ def finish_logits(
 
 
 @triton.jit
+def load_taps(
+    source,
+    source_bias,
+    own,
+    in_p,
+    row,
+    column,
+    step,
+    lane,
+    ins,
+    in_k,
+    mu,
+    scale,
+    shift,
+    H,
+    W,
+    hidden,
+    part_stride,
+    NORM: tl.constexpr,
+    USED: tl.constexpr,
+    DILATION: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """relu(norm(source)) at the neighbours of a step's taps, [taps x channels, positions].
+
+    `source` points at the tile's first position.
+    """
+    down, right = taps(step, lane, USED, DILATION)
+    mask = tap_mask(row, column, down, right, H, W) & in_k[:, None] & in_p[None, :]
+    at = tile_offsets(ins, own, hidden) + ((down * W + right) * hidden)[:, None]
+    value = tl.load(source + at, mask=mask, other=0.0)
+    if SPLITS > 1:
+        value = value.to(ACC)
+        for split in tl.static_range(1, SPLITS):
+            value += tl.load(source + split * part_stride + at, mask=mask, other=0.0)
+        if source_bias is not None:
+            offset = tl.load(source_bias + ins, mask=in_k, other=0.0).to(ACC)
+            value = tl.where(mask, value + offset[:, None], 0.0)
+        value = narrow(value, DTYPE)
+    if NORM:
+        value = value.to(ACC)
+        value = (value - mu[:, None]) * scale[:, None] + shift[:, None]
+        value = narrow(tl.where(mask, value, 0.0), DTYPE)
+    return relu(value)
+
+
+@triton.jit
 def conv_tile(
     pid,
     source,
@@ -101,94 +153,70 @@ def conv_tile(
     final_variance,
     final_gamma,
     final_beta,
-    N,
     H,
     W,
     positions,
-    tiles,
+    total,
     count,
     partial_count,
-    partial_tiles,
-    partial_positions,
     partial_block,
-    stride_out,
-    stride_in,
-    stride_tap,
     hidden,
     DILATION: tl.constexpr,
     EPS: tl.constexpr,
     NEXT_EPS: tl.constexpr,
     FINAL_EPS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    TAPS: tl.constexpr,
+    USED: tl.constexpr,
     SPLITS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Every output channel of BLOCK_P positions of one sample; `pid` is its tile of N x tiles.
+    """Every output channel of the BLOCK_P positions of tile `pid`.
 
-    With SPLITS above 1 the source is the reduction in parts [N, SPLITS, h * P] in the accumulator's
-    type, to be added up with `source_bias` and rounded to DTYPE, the maps' type.
+    A dot takes `USED` taps at once, padded to TAPS. The weight is packed, [9, h, h]. With SPLITS
+    above 1 the source is the reduction in parts [SPLITS, N * P, h] in the accumulator's type, to be
+    added up with `source_bias` and rounded to DTYPE, the maps' type.
     """
-    n = (pid // tiles).to(tl.int64)
-    tile = pid % tiles
-    columns = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_p = columns < positions
-    row = columns // W
-    column = columns % W
+    first, own, in_p, n_in_tile = tile_positions(pid, total, BLOCK_P)
+    row, column = tile_coordinates(first, own, positions, W)
     units = tl.arange(0, BLOCK_H)
     in_h = units < hidden
-    stride = hidden if CHANNELS_LAST else positions
     NORM: tl.constexpr = partials is not None or mean is not None
-    source += n * SPLITS * hidden * positions
+    source += first * hidden
+    part_stride = (first * 0 + total) * hidden
+    side = tl.arange(0, TAPS * BLOCK_K)
+    lane = side // BLOCK_K
 
     acc = tl.zeros((BLOCK_H, BLOCK_P), ACC)
     for k in tl.static_range(0, BLOCK_H, BLOCK_K):
-        ins = k + tl.arange(0, BLOCK_K)
-        in_k = ins < hidden
+        ins = k + side % BLOCK_K
+        in_k = (ins < hidden) & (lane < USED)
         mu, scale, shift = input_affine(
-            partials, partial_count, partial_tiles, partial_positions, partial_block, N,
-            statistics, mean, variance, gamma, beta, ins, in_k, hidden, EPS, ACC, BLOCK_K, BLOCK_T,
+            partials, partial_count, partial_block, total, statistics, mean, variance, gamma, beta,
+            ins, in_k, hidden, EPS, ACC, TAPS * BLOCK_K, BLOCK_T,
         )  # fmt: skip
-        at = map_offsets(ins, columns, stride, 1, CHANNELS_LAST)
-        at_w = units[:, None] * stride_out + ins[None, :] * stride_in
+        at_w = units[:, None] * hidden + (lane * hidden * hidden + ins)[None, :]
         in_w = in_h[:, None] & in_k[None, :]
-        for tap in range(9):
-            down = (tap // 3 - 1) * DILATION
-            right = (tap % 3 - 1) * DILATION
-            inside = tap_mask(row, column, down, right, H, W, in_p)
-            step = down * W + right
-            if CHANNELS_LAST:
-                step *= hidden
-            mask = in_k[:, None] & inside[None, :]
-            value = tl.load(source + (at + step), mask=mask, other=0.0).to(ACC)
-            for split in tl.static_range(1, SPLITS):
-                part = source + split * hidden * positions
-                value += tl.load(part + (at + step), mask=mask, other=0.0)
-            if SPLITS > 1:
-                if source_bias is not None:
-                    offset = tl.load(source_bias + ins, mask=in_k, other=0.0).to(ACC)
-                    value = tl.where(mask, value + offset[:, None], 0.0)
-                value = narrow(value, DTYPE).to(ACC)
-            if NORM:
-                value = (value - mu[:, None]) * scale[:, None] + shift[:, None]
-                value = tl.where(mask, value, 0.0)
-            w = tl.load(weight + (at_w + tap * stride_tap), mask=in_w, other=0.0)
-            acc = dot(narrow(w.to(ACC), DTYPE), narrow(relu(value), DTYPE), acc, PRECISION)
+        for step in range(9 // USED):
+            value = load_taps(
+                source, source_bias, own, in_p, row, column, step, lane, ins, in_k, mu, scale,
+                shift, H, W, hidden, part_stride, NORM, USED, DILATION, SPLITS, DTYPE, ACC,
+            )  # fmt: skip
+            w = tl.load(weight + step * USED * hidden * hidden + at_w, mask=in_w, other=0.0)
+            acc = dot(w, value, acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + units, mask=in_h, other=0.0).to(ACC)[:, None]
 
     rounded = narrow(acc, DTYPE)
     mask = in_h[:, None] & in_p[None, :]
     if out is not None:
-        at = map_offsets(units, columns, stride, 1, CHANNELS_LAST)
-        tl.store(out + n * hidden * positions + at, rounded, mask=mask)
+        tl.store(out + first * hidden + tile_offsets(units, own, hidden), rounded, mask=mask)
     value = rounded.to(ACC)
-    n_in_tile = tl.minimum(positions - tile * BLOCK_P, BLOCK_P)
     if out_partials is not None:
         store_statistics(value, mask, n_in_tile, out_partials, pid, count, units, in_h, hidden, ACC)
     if project_weight is not None:
@@ -199,17 +227,15 @@ def conv_tile(
             value, mu, scale, shift, units, in_h, project_weight, project_bias, ACC
         )
         finish_logits(
-            q, in_p, n_in_tile, pid, count, n * positions + columns, logits, logits_partials,
-            dlogits, final_sums, final_mean, final_variance, final_gamma, final_beta, FINAL_EPS,
-            ACC,
+            q, in_p, n_in_tile, pid, count, first + own, logits, logits_partials, dlogits,
+            final_sums, final_mean, final_variance, final_gamma, final_beta, FINAL_EPS, ACC,
         )  # fmt: skip
 
 
-RUNTIME = ["N", "positions", "tiles", "partial_count", "partial_tiles", "partial_positions"]
-RUNTIME += ["partial_block", "count"]
+RUNTIME = ["total", "count", "partial_count", "partial_block"]
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "H", "W", "stride_out", "stride_in", "stride_tap"])
+@triton.jit(do_not_specialize=[*RUNTIME, "H", "W", "positions"])
 def _dilated_conv_kernel(
     source,
     weight,
@@ -236,41 +262,35 @@ def _dilated_conv_kernel(
     final_variance,
     final_gamma,
     final_beta,
-    N,
     H,
     W,
     positions,
-    tiles,
+    total,
     count,
     partial_count,
-    partial_tiles,
-    partial_positions,
     partial_block,
-    stride_out,
-    stride_in,
-    stride_tap,
     hidden,
     DILATION: tl.constexpr,
     EPS: tl.constexpr,
     NEXT_EPS: tl.constexpr,
     FINAL_EPS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    TAPS: tl.constexpr,
+    USED: tl.constexpr,
 ):
-    """One program: every output channel of BLOCK_P positions of one sample. Grid: N x tiles."""
+    """One program: every output channel of BLOCK_P positions. Grid: tiles."""
     conv_tile(
         tl.program_id(0), source, None, weight, bias, out, partials, statistics, mean, variance,
         gamma, beta, out_partials, next_mean, next_variance, next_gamma, next_beta,
         project_weight, project_bias, logits, logits_partials, dlogits, final_sums, final_mean,
-        final_variance, final_gamma, final_beta, N, H, W, positions, tiles, count, partial_count,
-        partial_tiles, partial_positions, partial_block, stride_out, stride_in, stride_tap,
-        hidden, DILATION, EPS, NEXT_EPS, FINAL_EPS, CHANNELS_LAST, PRECISION, ACC, BLOCK_P,
-        BLOCK_H, BLOCK_K, BLOCK_T, 1, source.dtype.element_ty,
+        final_variance, final_gamma, final_beta, H, W, positions, total, count, partial_count,
+        partial_block, hidden, DILATION, EPS, NEXT_EPS, FINAL_EPS, PRECISION, ACC, BLOCK_P,
+        BLOCK_H, BLOCK_K, BLOCK_T, TAPS, USED, 1, source.dtype.element_ty,
     )  # fmt: skip
 
 
@@ -281,13 +301,6 @@ def norm_arguments(norm: Norm | None, prefix: str = "") -> dict[str, Tensor | No
     """gamma and beta, and the statistics where they are known."""
     named = ("mean", "variance", "gamma", "beta")
     return {prefix + name: None if norm is None else getattr(norm, name) for name in named}
-
-
-def spread(weight: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """A [h, h, 3, 3] weight, and its strides along output, input and tap."""
-    if weight.stride(2) != 3 * weight.stride(3):
-        weight = weight.contiguous()
-    return weight, (weight.stride(0), weight.stride(1), weight.stride(3))
 
 
 def launch_conv(
@@ -303,7 +316,10 @@ def launch_conv(
     out_partials: Tensor | None = None,
     projection: dict[str, object] | None = None,
 ) -> None:
-    """One dilated convolution of relu(norm(source)); `projection` as `projection_arguments`."""
+    """One dilated convolution of relu(norm(source)); `projection` as `projection_arguments`.
+
+    The weight is packed, [9, h, h] (`spatial_pack.prepare`).
+    """
     launch(_dilated_conv_kernel, (m.count,),
         **conv_arguments(
             m, source, weight, bias, dilation, norm, partials, statistics, out, out_partials,
@@ -326,7 +342,6 @@ def conv_arguments(
     projection: dict[str, object] | None = None,
 ) -> dict[str, object]:
     """Of a kernel of `conv_tile`, by name, launch options among them."""
-    weight, (stride_out, stride_in, stride_tap) = spread(weight)
     arguments = norm_arguments(norm)
     if norm is None or partials is not None:
         arguments |= {"mean": None, "variance": None}
@@ -338,21 +353,17 @@ def conv_arguments(
         "partials": None if partials is None else partials.data,
         "statistics": None if partials is None else statistics,
         "out_partials": out_partials,
-        "N": 1 if partials is not None and partials.count == 1 else m.n,
         "H": m.h,
         "W": m.w,
         "positions": m.positions,
-        "tiles": m.tiles,
-        "count": m.count,
-        "stride_out": stride_out,
-        "stride_in": stride_in,
-        "stride_tap": stride_tap,
-        "hidden": m.hidden,
         "DILATION": dilation,
         "EPS": 0.0 if norm is None else norm.eps,
         "PRECISION": conv_precision(m.dtype),
         "BLOCK_K": m.block_k,
-        "BLOCK_T": m.block_t,
+        "BLOCK_T": max(16, m.block_t // m.taps[0]),
+        "TAPS": m.taps[0],
+        "USED": m.taps[1],
+        **m.sizes(),
         **(NO_PARTIALS if partials is None else partials.arguments()),
         **arguments,
         **(NO_PROJECTION if projection is None else projection),

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from bam_kernels.backends.triton import configs
-from bam_kernels.backends.triton.device_math import map_offsets
 from bam_kernels.backends.triton.launch import (
     accumulator,
     accumulator_dtype,
@@ -23,97 +22,105 @@ from bam_kernels.backends.triton.spatial_math import (
     merge_statistics,
     merge_sums,
     store_statistics,
+    tile_offsets,
+    tile_positions,
 )
 
 
-@triton.jit(do_not_specialize=["positions", "tiles", "count"])
+@triton.jit(do_not_specialize=["total", "count"])
 def _statistics_kernel(
     source,
     partials,
-    positions,
-    tiles,
+    total,
     count,
     hidden,
-    CHANNELS_LAST: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """The partials of a map that is there already: the reduction's output."""
     pid = tl.program_id(0)
-    n = (pid // tiles).to(tl.int64)
-    tile = pid % tiles
-    columns = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    first, own, in_p, n_in_tile = tile_positions(pid, total, BLOCK_P)
     units = tl.arange(0, BLOCK_H)
     in_h = units < hidden
-    mask = in_h[:, None] & (columns < positions)[None, :]
-    at = map_offsets(units, columns, hidden if CHANNELS_LAST else positions, 1, CHANNELS_LAST)
-    value = tl.load(source + n * hidden * positions + at, mask=mask, other=0.0).to(ACC)
-    n_in_tile = tl.minimum(positions - tile * BLOCK_P, BLOCK_P)
+    mask = in_h[:, None] & in_p[None, :]
+    at = tile_offsets(units, own, hidden)
+    value = tl.load(source + first * hidden + at, mask=mask, other=0.0).to(ACC)
     store_statistics(value, mask, n_in_tile, partials, pid, count, units, in_h, hidden, ACC)
 
 
-@triton.jit(do_not_specialize=["N", "positions", "tiles", "count", "block"])
+@triton.jit(do_not_specialize=["total", "count", "block", "group", "groups"])
 def _merge_kernel(
     partials,
     merged,
-    N,
-    positions,
-    tiles,
+    total,
     count,
     block,
+    group,
+    groups,
     hidden,
     CENTRED: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Many partials to one, where each consumer merging them for itself would read too much."""
+    """`group` partials to one each, where consumers merging them all would read too much.
+
+    Grid: (blocks of channels, groups).
+    """
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     in_h = units < hidden
+    index = tl.program_id(1)
+    begin = index * group
+    end = tl.minimum(begin + group, count)
     if CENTRED:
-        first, second = merge_statistics(
-            partials, count, tiles, positions, block, N, units, in_h, hidden, ACC, BLOCK_H, BLOCK_T
+        first, second, values = merge_statistics(
+            partials, begin, end, count, total, block, units, in_h, hidden, ACC, BLOCK_H, BLOCK_T
         )
-        total = N.to(ACC) * positions.to(ACC)
-        first *= total
-        second *= total
+        first *= values
+        second *= values
     else:
-        first, second = merge_sums(partials, count, units, in_h, hidden, ACC, BLOCK_H, BLOCK_T)
-    tl.store(merged + units, first, mask=in_h)
-    tl.store(merged + hidden + units, second, mask=in_h)
+        first, second = merge_sums(
+            partials, begin, end, count, units, in_h, hidden, ACC, BLOCK_H, BLOCK_T
+        )
+    tl.store(merged + index * hidden + units, first, mask=in_h)
+    tl.store(merged + (groups + index) * hidden + units, second, mask=in_h)
 
 
 _MOST_PARTIALS = 128
-"""Above this, partials are merged by a launch of their own: every consumer reads all of them."""
+"""Above this, partials are merged by launches of their own: every consumer reads all of them."""
+
+_GROUPS = 64
+"""Into so many first, each by a program, and these into one: two short launches take less time than
+a program that walks over thousands."""
 
 
 @dataclasses.dataclass(slots=True)
 class Map:
-    """How the branch's small maps [N, h, H, W] lie and are cut: dense, all alike."""
+    """How the branch's small maps [N, h, H, W] lie and are cut: all alike, as channels_last."""
 
     n: int
     h: int
     w: int
     hidden: int
-    channels_last: bool
     dtype: torch.dtype
     device: torch.device
     tile: configs.Tile
 
     @property
     def positions(self) -> int:
+        """Of one sample."""
         return self.h * self.w
 
     @property
-    def tiles(self) -> int:
-        """Tiles of one sample."""
-        return cdiv(self.positions, self.tile.block_p)
+    def total(self) -> int:
+        """Positions of all samples."""
+        return self.n * self.h * self.w
 
     @property
     def count(self) -> int:
         """Tiles, programs and partials of a whole map."""
-        return self.n * self.tiles
+        return cdiv(self.total, self.tile.block_p)
 
     @property
     def block_h(self) -> int:
@@ -122,21 +129,41 @@ class Map:
     @property
     def block_k(self) -> int:
         """Hidden channels of a dot's reduction, or of dW's columns, at a time."""
-        return min(self.block_h, 32)
+        return min(self.block_h, 64 if self.dtype.itemsize == 2 else 32)
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        """(taps that a dot takes side by side, of which there are so many) in a convolution."""
+        return configs.taps(self.dtype, self.block_h)
 
     def workspace(self, *shape: int) -> Tensor:
         """Uninitialised, in the accumulator's type."""
         return torch.empty(shape, dtype=accumulator_dtype(self.dtype), device=self.device)
 
-    def empty(self) -> Tensor:
-        """An uninitialised [N, h, H, W] map of this layout."""
-        fmt = torch.channels_last if self.channels_last else torch.contiguous_format
+    def empty(self, channels_last: bool = True) -> Tensor:
+        """An uninitialised [N, h, H, W] map."""
+        fmt = torch.channels_last if channels_last else torch.contiguous_format
         return torch.empty(
             (self.n, self.hidden, self.h, self.w),
             dtype=self.dtype,
             device=self.device,
             memory_format=fmt,
         )
+
+    def empty_packed(self, convs: int) -> Tensor:
+        """Uninitialised weights [convs, 9, h, h]."""
+        return torch.empty(
+            (convs, 9, self.hidden, self.hidden), dtype=self.dtype, device=self.device
+        )
+
+    @staticmethod
+    def lies_well(reduced: Tensor) -> bool:
+        """Whether a map lies as the branch's own do."""
+        return reduced.is_contiguous(memory_format=torch.channels_last)
+
+    def sizes(self) -> dict[str, int]:
+        """The run-time extents that every kernel of the branch has."""
+        return {"total": self.total, "count": self.count, "hidden": self.hidden}
 
     def constants(self) -> dict[str, object]:
         """The compile-time arguments that every kernel of the branch has.
@@ -146,7 +173,6 @@ class Map:
         """
         num_warps = self.tile.num_warps
         return {
-            "CHANNELS_LAST": self.channels_last,
             "ACC": accumulator(self.dtype),
             "BLOCK_P": self.tile.block_p,
             "BLOCK_H": self.block_h,
@@ -162,18 +188,12 @@ class Map:
 
 
 def map_of(reduced: Tensor) -> tuple[Map, Tensor]:
-    """The layout of reduced [N, h, H, W], and reduced itself, dense."""
+    """The layout of reduced [N, h, H, W], and reduced itself, dense in either memory format."""
     n, hidden, h, w = reduced.shape
-    channels_last = not reduced.is_contiguous() and reduced.is_contiguous(
-        memory_format=torch.channels_last
-    )
-    if not channels_last:
-        reduced = reduced.contiguous()
-    tile = configs.spatial_tile(
-        reduced.dtype, h * w, hidden, channels_last, conv_precision(reduced.dtype)
-    )
-    m = Map(n, h, w, hidden, channels_last, reduced.dtype, reduced.device, tile)
-    return m, reduced
+    if not (reduced.is_contiguous() or Map.lies_well(reduced)):
+        reduced = reduced.contiguous(memory_format=torch.channels_last)
+    tile = configs.spatial_tile(reduced.dtype, n * h * w, hidden, conv_precision(reduced.dtype))
+    return Map(n, h, w, hidden, reduced.dtype, reduced.device, tile), reduced
 
 
 @dataclasses.dataclass(slots=True)
@@ -214,55 +234,42 @@ def norms_of(
 
 @dataclasses.dataclass(frozen=True)
 class Partials:
-    """Partials [2, count, h] of two sums over (n, p), as kernels take them."""
+    """Partials [2, count, h] of two sums over (n, p), of `block` positions each but the last."""
 
     data: Tensor
     count: int
-    tiles: int
-    positions: int
     block: int
 
     def arguments(self) -> dict[str, int]:
         """The run-time arguments of a consumer."""
-        return {
-            "partial_count": self.count,
-            "partial_tiles": self.tiles,
-            "partial_positions": self.positions,
-            "partial_block": self.block,
-        }
+        return {"partial_count": self.count, "partial_block": self.block}
 
 
-NO_PARTIALS = dict.fromkeys(
-    ("partial_count", "partial_tiles", "partial_positions", "partial_block"), 0
-)
+NO_PARTIALS = {"partial_count": 0, "partial_block": 0}
 
 
 def settle(data: Tensor, m: Map, width: int, centred: bool) -> Partials:
     """The partials that programs over all tiles of `m` left, merged where they are too many."""
-    block = m.tile.block_p
-    if m.count <= _MOST_PARTIALS:
-        return Partials(data, m.count, m.tiles, m.positions, block)
-    merged = m.workspace(2, 1, width)
-    launch(_merge_kernel, (cdiv(width, 16),),
-        data, merged, m.n, m.positions, m.tiles, m.count, block, width,
+    found = Partials(data, m.count, m.tile.block_p)
+    if found.count > _MOST_PARTIALS:
+        found = _merged(found, m, width, centred, cdiv(found.count, _GROUPS))
+        found = _merged(found, m, width, centred, found.count)
+    return found
+
+
+def _merged(partials: Partials, m: Map, width: int, centred: bool, group: int) -> Partials:
+    """Each `group` of partials as one."""
+    groups = cdiv(partials.count, group)
+    merged = m.workspace(2, groups, width)
+    launch(_merge_kernel, (cdiv(width, 16), groups),
+        partials.data, merged, m.total, partials.count, partials.block, group, groups, width,
         CENTRED=centred, ACC=accumulator(m.dtype), BLOCK_H=16, BLOCK_T=128, num_warps=8,
     )  # fmt: skip
-    # One tile of all positions of all samples; the consumer's count is N * positions either way.
-    return Partials(merged, 1, 1, m.n * m.positions, block)
+    return Partials(merged, groups, partials.block * group)
 
 
 def statistics_of(m: Map, source: Tensor) -> Partials:
+    """The partials of a map that is there already."""
     partials = m.workspace(2, m.count, m.hidden)
-    constants = m.constants()
-    launch(
-        _statistics_kernel,
-        (m.count,),
-        source,
-        partials,
-        m.positions,
-        m.tiles,
-        m.count,
-        m.hidden,
-        **constants,
-    )
+    launch(_statistics_kernel, (m.count,), source, partials, **m.sizes(), **m.constants())
     return settle(partials, m, m.hidden, centred=True)

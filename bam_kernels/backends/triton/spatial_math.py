@@ -1,4 +1,7 @@
-"""What the kernels of the spatial branch share on the device: statistics, norms, projection.
+"""What the kernels of the spatial branch share on the device: tiles, taps, statistics, norms.
+
+Its maps lie as [N * H * W, h], positions one behind the other and their channels dense. A tile is
+BLOCK_P positions, whichever samples they belong to: none is cut short but the last.
 
 A norm over (n, p) takes two steps. Each program leaves a partial for its tile: of a map its sum and
 centred sum of squares, of a gradient two plain sums. Whoever needs the norm merges all the partials
@@ -8,15 +11,69 @@ in a fixed order, each program for itself: a few kilobytes from L2 in exchange f
 import triton
 import triton.language as tl
 
+from bam_kernels.backends.triton.device_math import relu
+
+
+@triton.jit
+def tile_positions(pid, total, BLOCK_P: tl.constexpr):
+    """(first position, the tile's own, which of them there are, how many) of tile `pid`.
+
+    The first is a 64-bit scalar, the others [BLOCK_P] of 32 bits, counted from it.
+    """
+    first = tl.cast(pid, tl.int64) * BLOCK_P  # a loop's index is a plain number to the interpreter
+    own = tl.arange(0, BLOCK_P)
+    count = tl.minimum(total - first, BLOCK_P).to(tl.int32)
+    return first, own, own < count, count
+
+
+@triton.jit
+def tile_coordinates(first, own, positions, W):
+    """(row, column) in their samples of positions `own` behind `first`."""
+    p = ((first % positions).to(tl.int32) + own) % positions
+    return p // W, p % W
+
+
+@triton.jit
+def tile_offsets(units, own, hidden):
+    """Offsets [units, positions] behind a tile's first position: of 32 bits, as a tile is small."""
+    return units[:, None] + (own * hidden)[None, :]
+
+
+@triton.jit
+def store_map(out, value, first, own, units, mask, positions, hidden, TURNED: tl.constexpr):
+    """A tile [units, positions] into a map; TURNED, into one that lies as NCHW."""
+    if TURNED:
+        p = (first % positions).to(tl.int32) + own
+        n = first // positions + p // positions
+        at = n[None, :] * hidden * positions + (p % positions)[None, :]
+        tl.store(out + at + units.to(tl.int64)[:, None] * positions, value, mask=mask)
+    else:
+        tl.store(out + first * hidden + tile_offsets(units, own, hidden), value, mask=mask)
+
+
+@triton.jit
+def taps(step, lane, USED: tl.constexpr, DILATION: tl.constexpr):
+    """(rows down, columns right) to the neighbours of `USED` taps a step, `lane` of them."""
+    tap = step * USED + lane
+    return (tap // 3 - 1) * DILATION, (tap % 3 - 1) * DILATION
+
+
+@triton.jit
+def tap_mask(row, column, down, right, H, W):
+    """Which positions have the taps' neighbours inside of the map: [taps, positions]."""
+    along = row[None, :] + down[:, None]
+    across = column[None, :] + right[:, None]
+    return (along >= 0) & (along < H) & (across >= 0) & (across < W)
+
 
 @triton.jit
 def merge_statistics(
     partials,
+    begin,
+    end,
     count,
-    tiles,
-    positions,
+    total,
     block,
-    N,
     units,
     in_h,
     hidden,
@@ -24,34 +81,35 @@ def merge_statistics(
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Mean and biased variance [BLOCK_H] from partials [2, count, hidden] (Chan's merge).
+    """(mean, biased variance [BLOCK_H], values) of partials `begin` to `end` of [2, count, hidden].
 
-    Partial i holds `block` positions, or what is left of `positions` in the last of a sample's
-    `tiles`.
+    Chan's merge. Partial i holds `block` values of each channel, or in the last what is left of
+    `total`.
     """
-    total = N.to(ACC) * positions.to(ACC)
+    values = (tl.minimum(end * block, total) - begin * block).to(ACC)
     mean = tl.zeros((BLOCK_H,), ACC)
-    for start in range(0, count, BLOCK_T):
+    for start in range(begin, end, BLOCK_T):
         i = start + tl.arange(0, BLOCK_T)
-        mask = (i < count)[:, None] & in_h[None, :]
+        mask = (i < end)[:, None] & in_h[None, :]
         mean += tl.sum(tl.load(partials + i[:, None] * hidden + units[None, :], mask, 0.0), axis=0)
-    mean = mean / total
+    mean = mean / values
     squares = tl.zeros((BLOCK_H,), ACC)
-    for start in range(0, count, BLOCK_T):
+    for start in range(begin, end, BLOCK_T):
         i = start + tl.arange(0, BLOCK_T)
-        mask = (i < count)[:, None] & in_h[None, :]
+        mask = (i < end)[:, None] & in_h[None, :]
         at = i[:, None] * hidden + units[None, :]
-        left = positions - (tiles - 1) * block
-        n = tl.where(i % tiles == tiles - 1, left, block).to(ACC)[:, None]
+        n = tl.where(i == count - 1, total - (count - 1) * block, block).to(ACC)[:, None]
         off = tl.load(partials + at, mask, 0.0) / n - mean[None, :]
         centred = tl.load(partials + count * hidden + at, mask, 0.0) + n * off * off
         squares += tl.sum(tl.where(mask, centred, 0.0), axis=0)
-    return mean, squares / total
+    return mean, squares / values, values
 
 
 @triton.jit
 def merge_sums(
     partials,
+    begin,
+    end,
     count,
     units,
     in_h,
@@ -60,12 +118,12 @@ def merge_sums(
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The two sums [BLOCK_H] of partials [2, count, hidden]."""
+    """The two sums [BLOCK_H] of partials `begin` to `end` of [2, count, hidden]."""
     first = tl.zeros((BLOCK_H,), ACC)
     second = tl.zeros((BLOCK_H,), ACC)
-    for start in range(0, count, BLOCK_T):
+    for start in range(begin, end, BLOCK_T):
         i = start + tl.arange(0, BLOCK_T)
-        mask = (i < count)[:, None] & in_h[None, :]
+        mask = (i < end)[:, None] & in_h[None, :]
         at = i[:, None] * hidden + units[None, :]
         first += tl.sum(tl.load(partials + at, mask, 0.0), axis=0)
         second += tl.sum(tl.load(partials + count * hidden + at, mask, 0.0), axis=0)
@@ -152,10 +210,8 @@ def _scale_shift(rstd, gamma, beta, units, in_h, ACC: tl.constexpr, BLOCK_H: tl.
 def input_affine(
     partials,
     count,
-    tiles,
-    positions,
     block,
-    N,
+    total,
     statistics,
     mean,
     variance,
@@ -174,8 +230,8 @@ def input_affine(
     From partials, program 0 leaves mean and variance in `statistics` [2, hidden].
     """
     if partials is not None:
-        mu, variance_ = merge_statistics(
-            partials, count, tiles, positions, block, N, units, in_h, hidden, ACC, BLOCK_H, BLOCK_T
+        mu, variance_, _ = merge_statistics(
+            partials, 0, count, count, total, block, units, in_h, hidden, ACC, BLOCK_H, BLOCK_T
         )
         if tl.program_id(0) == 0:
             tl.store(statistics + units, mu, mask=in_h)
@@ -185,20 +241,6 @@ def input_affine(
     else:
         mu, rstd, scale, shift = affine(mean, variance, gamma, beta, units, in_h, EPS, ACC, BLOCK_H)
     return mu, scale, shift
-
-
-@triton.jit
-def tap_mask(row, column, down, right, H, W, in_p):
-    """Which positions have the tap's neighbour inside of the map."""
-    across = column + right
-    along = row + down
-    return in_p & (along >= 0) & (along < H) & (across >= 0) & (across < W)
-
-
-@triton.jit
-def relu(value):
-    """A ReLU that lets NaN through, as torch's does."""
-    return tl.where(value < 0, 0.0, value)
 
 
 @triton.jit
