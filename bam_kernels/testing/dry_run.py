@@ -48,7 +48,7 @@ _WRITTEN: dict[str, frozenset[str]] = {
         "_norm_backward_kernel": "dnorm dz",
         "_normalize_logits_kernel": "out statistics",
         "_pack_kernel": "packed transposed",
-        "_pool_reduce_kernel": "pooled reduced",
+        "_pool_reduce_kernel": "packed pooled reduced",
         "_project_backward_kernel": "dfinal dproject du sums",
         "_project_kernel": "final_sums logits logits_partials statistics",
         "_statistics_kernel": "partials",

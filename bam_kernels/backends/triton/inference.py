@@ -39,7 +39,7 @@ from bam_kernels.backends.triton.spatial_conv import (
     projection_arguments,
 )
 from bam_kernels.backends.triton.spatial_layout import Map
-from bam_kernels.backends.triton.spatial_pack import prepare
+from bam_kernels.backends.triton.spatial_pack import launch_pack, packings
 
 # --- kernels ----------------------------------------------------------------------------------
 
@@ -150,14 +150,10 @@ def bam_forward(x: Tensor, params: list[Tensor], options: list[int], eps: list[f
     """
     module = Module.read(params, options, eps)
     x = layout.walkable(x)
-    weight = None
     if module.reduce is not None:
-        weight = module.reduce.weight.flatten(1).to(x.dtype)
-    bias = None if module.reduce is None else module.reduce.bias
-    parts = pool_reduce_parts(x, weight, bias, bool(module.channel))
-    if module.reduce is not None:
-        c, s = _logits(x, module, parts)
+        c, s = _logits(x, module)
         return gate_forward(x, c, s, module.combine, module.residual)
+    parts = pool_reduce_parts(x, None, None, True)
     out = mlp_gate_forward(x, parts, module.channel, module.residual)
     if out is None:
         c = _channel_logits(whole(x, parts, 0, None).pooled, module.channel)
@@ -165,12 +161,17 @@ def bam_forward(x: Tensor, params: list[Tensor], options: list[int], eps: list[f
     return out
 
 
-def _logits(x: Tensor, module: Module, parts: Parts) -> tuple[Tensor | None, Tensor]:
-    """Both branches' logits behind the heads."""
+def _logits(x: Tensor, module: Module) -> tuple[Tensor | None, Tensor]:
+    """Both branches' logits, with the one launch that reads x."""
     n, _, h, w = x.shape
     hidden = module.reduce.weight.shape[0]
     tile = configs.spatial_tile(x.dtype, n * h * w, hidden, conv_precision(x.dtype))
     m = Map(n, h, w, hidden, x.dtype, x.device, tile)
+    packed, todo = packings(m, [conv.weight for conv in module.convs])
+    parts = pool_reduce_parts(
+        x, module.reduce.weight.flatten(1).to(x.dtype), module.reduce.bias, bool(module.channel),
+        channels_last=True, packing=todo[0] if todo else None,
+    )  # fmt: skip
     beside = bool(module.channel and module.convs)
     mlp = _mlp(x, module, parts) if beside else None
     parts = whole(
@@ -185,13 +186,15 @@ def _logits(x: Tensor, module: Module, parts: Parts) -> tuple[Tensor | None, Ten
     if module.channel and mlp is None:
         channel = _channel_logits(parts.pooled, module.channel)
     with device_guard(x):
+        for packing in todo[1:]:
+            launch_pack(m, packing)
         if not module.convs:
             project = module.project
             projection = projection_arguments(
                 None, project.weight.flatten(), project.bias, project.norm, logits=logits
             )
             launch_project(m, parts.reduced, module.last, None, None, projection)
-        source, (_, packed) = parts.reduced, prepare(m, None, [c.weight for c in module.convs])
+        source = parts.reduced
         for i, conv in enumerate(module.convs):
             first, last = i == 0, i == len(module.convs) - 1
             out = None if last else m.empty()

@@ -23,18 +23,38 @@ from bam_kernels.backends.triton.launch import (
     walk,
 )
 from bam_kernels.backends.triton.replay import replayed
+from bam_kernels.backends.triton.spatial_pack import (
+    NO_PACKING,
+    PACK_BLOCK,
+    PACKING_SIZES,
+    Packing,
+    pack_block,
+)
 from bam_kernels.backends.triton.sum_splits import Job, sum_splits
 
-_SIZES = ["outer", "inner_units", "x_stride_n", "x_stride_outer"]
+_SIZES = ["outer", "inner_units", "x_stride_n", "x_stride_outer", "samples"]
 
 
-@triton.jit(do_not_specialize=["position_tiles", "splits", "blocks_per_split", *_SIZES])
+@triton.jit(
+    do_not_specialize=["position_tiles", "splits", "blocks_per_split", *PACKING_SIZES, *_SIZES]
+)
 def _pool_reduce_kernel(
     x,
     weight,
     bias,
     pooled,
     reduced,
+    weight0,
+    weight1,
+    weight2,
+    weight3,
+    packed,
+    pack_blocks,
+    pack_weights,
+    stride_out,
+    stride_in,
+    stride_tap,
+    samples,
     outer,
     inner_units,
     x_stride_n,
@@ -45,19 +65,30 @@ def _pool_reduce_kernel(
     blocks_per_split,
     ALIGN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    REDUCED_LAST: tl.constexpr,
     POOL_WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PACK_BLOCK: tl.constexpr,
 ):
     """One program: BLOCK_P positions of one sample, walking over its split of the channels.
 
     It owns pooled [n, position_tile, its channels] (a sum; the mean where POOL_WHOLE says that one
-    tile holds the whole map) and reduced [n, split, its hidden block, its positions].
-    Grid: (samples x splits x position tiles, hidden blocks). Only hidden block 0 pools.
+    tile holds the whole map) and reduced [split, n, its hidden block, its positions], in which
+    channels are the dense axis where REDUCED_LAST.
+    Grid: (samples x splits x position tiles, hidden blocks). Only hidden block 0 pools. Before
+    that, the programs pack the weights of convolutions to come.
     """
+    if packed is not None:
+        if tl.program_id(1) == 0:
+            for block in range(tl.program_id(0), pack_weights * pack_blocks, tl.num_programs(0)):
+                pack_block(
+                    block, weight0, weight1, weight2, weight3, packed, pack_blocks, hidden,
+                    stride_out, stride_in, stride_tap, PACK_BLOCK,
+                )  # fmt: skip
     inner = inner_units * ALIGN
     C = inner if CHANNELS_LAST else outer
     P = outer if CHANNELS_LAST else inner
@@ -97,8 +128,8 @@ def _pool_reduce_kernel(
     if weight is not None:
         if bias is not None:
             acc += tl.load(bias + units_h, mask=in_h, other=0.0).to(ACC)[:, None]
-        reduced += (n * splits + split) * hidden * P
-        offsets = map_offsets(units_h, columns, hidden if CHANNELS_LAST else P, 1, CHANNELS_LAST)
+        reduced += (split * samples + n) * hidden * P
+        offsets = map_offsets(units_h, columns, hidden if REDUCED_LAST else P, 1, REDUCED_LAST)
         mask = in_h[:, None] & in_p[None, :]
         tl.store(reduced + offsets, narrow(acc, reduced.dtype.element_ty), mask=mask)
 
@@ -110,11 +141,10 @@ class Parts:
     Args:
         pooled: [N, C] in x's dtype; with `tiles` above 1 sums [N, tiles, C] in the accumulator's
             type, of H * W in all; empty without pooling.
-        reduced: [N, h, H, W] in x's dtype and memory format; with `splits` above 1 [N, splits,
-            h * H * W] in the accumulator's type, dense in the order of x's format, the bias still
-            to be added; empty without a reduction.
+        reduced: [N, h, H, W] in x's dtype; with `splits` above 1 [splits, N * h * H * W] in the
+            accumulator's type, the bias still to be added; empty without a reduction.
         tiles, splits: how many parts.
-        channels_last: the order in which a sample's values lie.
+        channels_last: whether the reduction's values lie so.
     """
 
     pooled: Tensor
@@ -124,9 +154,26 @@ class Parts:
     channels_last: bool
 
 
-def pool_reduce_parts(x: Tensor, weight: Tensor | None, bias: Tensor | None, pool: bool) -> Parts:
-    """The one launch over x. x [N, C, H, W], walkable; weight [h, C], of x's dtype; bias [h]."""
+def pool_reduce_parts(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    pool: bool,
+    channels_last: bool | None = None,
+    packing: Packing | None = None,
+) -> Parts:
+    """The one launch over x.
+
+    Args:
+        x: [N, C, H, W], walkable.
+        weight: [h, C], of x's dtype.
+        bias: [h].
+        pool: whether to pool.
+        channels_last: whether the reduction is to lie so; as x does if None.
+        packing: weights that the launch packs beside this, of h channels too.
+    """
     w = walk(x)
+    channels_last = w.channels_last if channels_last is None else channels_last
     hidden = 0 if weight is None else weight.shape[0]
     precision = conv_precision(x.dtype)
     t = configs.tile("pool_reduce", x.dtype, w.c, w.p, hidden, w.channels_last, precision)
@@ -144,9 +191,9 @@ def pool_reduce_parts(x: Tensor, weight: Tensor | None, bias: Tensor | None, poo
         shape = (w.n, w.c) if position_tiles == 1 else (w.n, position_tiles, w.c)
         pooled = x.new_empty(shape) if position_tiles == 1 else torch.empty(shape, **partial)
     if hidden and splits > 1:
-        reduced = torch.empty((w.n, splits, hidden * w.p), **partial)
+        reduced = torch.empty((splits, w.n * hidden * w.p), **partial)
     elif hidden:
-        reduced = layout.empty_map(x, hidden, x.dtype)
+        reduced = _empty_reduced(x, hidden, channels_last)
     with device_guard(x):
         launch(
             _pool_reduce_kernel,
@@ -156,6 +203,8 @@ def pool_reduce_parts(x: Tensor, weight: Tensor | None, bias: Tensor | None, poo
             bias.contiguous() if bias is not None and splits == 1 else None,
             pooled if pool else None,
             reduced if hidden else None,
+            *(NO_PACKING if packing is None else packing.arguments()),
+            w.n,
             w.p if w.channels_last else w.c,
             w.inner // w.align,
             *units(x, w),
@@ -165,18 +214,27 @@ def pool_reduce_parts(x: Tensor, weight: Tensor | None, bias: Tensor | None, poo
             blocks_per_split,
             ALIGN=w.align,
             CHANNELS_LAST=w.channels_last,
+            REDUCED_LAST=channels_last,
             POOL_WHOLE=position_tiles == 1,
             PRECISION=precision,
             ACC=accumulator(x.dtype),
             BLOCK_C=t.block_c,
             BLOCK_P=t.block_p,
             BLOCK_H=block_h,
+            PACK_BLOCK=PACK_BLOCK,
             num_warps=t.num_warps,
             num_stages=t.num_stages,
         )
     return Parts(
-        pooled, reduced, position_tiles if pool else 1, splits if hidden else 1, w.channels_last
+        pooled, reduced, position_tiles if pool else 1, splits if hidden else 1, channels_last
     )
+
+
+def _empty_reduced(x: Tensor, hidden: int, channels_last: bool) -> Tensor:
+    """An uninitialised reduction [N, h, H, W] of x, in its dtype."""
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    size = (x.shape[0], hidden, *x.shape[2:])
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
 def whole(
@@ -196,9 +254,9 @@ def whole(
         jobs.append(Job(parts.pooled, out, parts.tiles, divisor=positions))
         found = dataclasses.replace(found, pooled=out, tiles=1)
     if reduced and parts.splits > 1:
-        out = layout.empty_map(x, hidden, x.dtype)
+        out = _empty_reduced(x, hidden, parts.channels_last)
         run = 1 if parts.channels_last else positions
-        jobs.append(Job(parts.reduced, out, parts.splits, bias=bias, bias_run=run))
+        jobs.append(Job(parts.reduced[None], out, parts.splits, bias=bias, bias_run=run))
         found = dataclasses.replace(found, reduced=out, splits=1)
     with device_guard(x):
         sum_splits(jobs)

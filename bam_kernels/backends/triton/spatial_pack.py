@@ -7,6 +7,7 @@ reduction that comes as NCHW is laid as [N * H * W, h] with it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import triton
@@ -17,25 +18,48 @@ from bam_kernels.backends.triton.device_math import narrow
 from bam_kernels.backends.triton.launch import cdiv, launch
 from bam_kernels.backends.triton.spatial_layout import Map
 
-_BLOCK = 512
-_AT_ONCE = 4
+PACK_BLOCK = 512
+"""Elements that a program packs at a time."""
+
+PACKED_AT_ONCE = 4
 """Weights that one launch packs."""
+
+PACKING_SIZES = ["pack_blocks", "pack_weights", "stride_out", "stride_in", "stride_tap"]
 
 
 @triton.jit
 def pack_block(
-    block, weight, packed, hidden, stride_out, stride_in, stride_tap, BLOCK: tl.constexpr
+    index,
+    weight0,
+    weight1,
+    weight2,
+    weight3,
+    packed,
+    pack_blocks,
+    hidden,
+    stride_out,
+    stride_in,
+    stride_tap,
+    BLOCK: tl.constexpr,
 ):
-    """BLOCK elements of one packed weight [9, h, h]."""
-    i = block * BLOCK + tl.arange(0, BLOCK)
+    """BLOCK elements of one of the weights; `index` counts weights times `pack_blocks`."""
+    which = index // pack_blocks
+    i = (index % pack_blocks) * BLOCK + tl.arange(0, BLOCK)
     square = hidden * hidden
     mask = i < 9 * square
     tap = i // square
     rest = i - tap * square
     out = rest // hidden
     at = out * stride_out + (rest - out * hidden) * stride_in + tap * stride_tap
-    value = tl.load(weight + at, mask=mask, other=0.0)
-    tl.store(packed + i, narrow(value, packed.dtype.element_ty), mask=mask)
+    value = tl.load(weight0 + at, mask=mask & (which == 0), other=0.0)
+    if weight1 is not None:
+        value += tl.load(weight1 + at, mask=mask & (which == 1), other=0.0)
+    if weight2 is not None:
+        value += tl.load(weight2 + at, mask=mask & (which == 2), other=0.0)
+    if weight3 is not None:
+        value += tl.load(weight3 + at, mask=mask & (which == 3), other=0.0)
+    at_out = which * 9 * square + i
+    tl.store(packed + at_out, narrow(value, packed.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -53,60 +77,67 @@ def _transpose_tile(pid, source, out, positions, tiles, hidden, BLOCK_P: tl.cons
     tl.store(out + base + at, value, mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["pack_blocks", "tiles", "stride_out", "stride_in", "stride_tap", "weights"]
-)
+@triton.jit(do_not_specialize=[*PACKING_SIZES, "tiles"])
 def _pack_kernel(
     weight0,
     weight1,
     weight2,
     weight3,
     packed,
-    source,
-    transposed,
     pack_blocks,
-    weights,
-    hidden,
+    pack_weights,
     stride_out,
     stride_in,
     stride_tap,
+    source,
+    transposed,
+    hidden,
     positions,
     tiles,
     BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Grid: `weights` times `pack_blocks` programs, then a tile of the source each."""
+    """Grid: `pack_weights` times `pack_blocks` programs, then a tile of the source each."""
     pid = tl.program_id(0)
-    which = pid // tl.maximum(pack_blocks, 1)
-    block = pid % tl.maximum(pack_blocks, 1)
-    if pid < weights * pack_blocks:
-        packed += which * 9 * hidden * hidden
-        if weight0 is not None:
-            if which == 0:
-                pack_block(
-                    block, weight0, packed, hidden, stride_out, stride_in, stride_tap, BLOCK
-                )
-        if weight1 is not None:
-            if which == 1:
-                pack_block(
-                    block, weight1, packed, hidden, stride_out, stride_in, stride_tap, BLOCK
-                )
-        if weight2 is not None:
-            if which == 2:
-                pack_block(
-                    block, weight2, packed, hidden, stride_out, stride_in, stride_tap, BLOCK
-                )
-        if weight3 is not None:
-            if which == 3:
-                pack_block(
-                    block, weight3, packed, hidden, stride_out, stride_in, stride_tap, BLOCK
-                )
+    if pid < pack_weights * pack_blocks:
+        if packed is not None:
+            pack_block(
+                pid, weight0, weight1, weight2, weight3, packed, pack_blocks, hidden, stride_out,
+                stride_in, stride_tap, BLOCK,
+            )  # fmt: skip
     elif transposed is not None:
         _transpose_tile(
-            pid - weights * pack_blocks, source, transposed, positions, tiles, hidden, BLOCK_P,
-            BLOCK_H,
+            pid - pack_weights * pack_blocks, source, transposed, positions, tiles, hidden,
+            BLOCK_P, BLOCK_H,
         )  # fmt: skip
+
+
+@dataclasses.dataclass(slots=True)
+class Packing:
+    """Up to `PACKED_AT_ONCE` weights [h, h, 3, 3] that a launch packs.
+
+    Args:
+        weights: of the convolutions.
+        packed: [as many, 9, h, h], to be filled, in the maps' dtype.
+    """
+
+    weights: Sequence[Tensor]
+    packed: Tensor
+
+    @property
+    def blocks(self) -> int:
+        """Of one weight."""
+        return cdiv(self.packed[0].numel(), PACK_BLOCK)
+
+    def arguments(self) -> tuple[object, ...]:
+        """Of a kernel, from `weight0` to `stride_tap`."""
+        weights, strides = spread(self.weights)
+        absent = [None] * (PACKED_AT_ONCE - len(weights))
+        return *weights, *absent, self.packed, self.blocks, len(weights), *strides
+
+
+NO_PACKING = (*[None] * (PACKED_AT_ONCE + 1), 1, 0, 0, 0, 0)
 
 
 def spread(weights: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, int, int]]:
@@ -118,43 +149,51 @@ def spread(weights: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, int, int
     return list(weights), (first.stride(0), first.stride(1), first.stride(3))
 
 
-def prepare(m: Map, reduced: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def packings(m: Map, weights: Sequence[Tensor]) -> tuple[Tensor, list[Packing]]:
+    """(packed [k, 9, h, h], to be filled by these packings) of a branch's weights."""
+    packed = m.empty_packed(len(weights))
+    step = PACKED_AT_ONCE
+    parts = range(0, len(weights), step)
+    return packed, [Packing(weights[i : i + step], packed[i : i + step]) for i in parts]
+
+
+def prepare(m: Map, reduced: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(reduced as the branch's maps lie, packed [k, 9, h, h] in their dtype): a launch, or none.
 
     Args:
         m: the branch's maps.
-        reduced: [N, h, H, W], dense in either memory format; None where it is there already.
+        reduced: [N, h, H, W], dense in either memory format.
         weights: of the convolutions, [h, h, 3, 3] each.
     """
-    packed = m.empty_packed(len(weights))
-    turned = None if reduced is None or m.lies_well(reduced) else m.empty()
-    for first in range(0, max(len(weights), 1), _AT_ONCE):
-        some, strides = list(weights[first : first + _AT_ONCE]), (0, 0, 0)
-        if some:
-            some, strides = spread(some)
-        transposed = turned if first == 0 else None
-        pack_blocks = cdiv(9 * m.hidden * m.hidden, _BLOCK) if some else 0
-        tiles = cdiv(m.positions, 64)
-        programs = len(some) * pack_blocks + (0 if transposed is None else m.n * tiles)
-        if not programs:
-            continue
-        launch(
-            _pack_kernel,
-            (programs,),
-            *some,
-            *[None] * (_AT_ONCE - len(some)),
-            packed[first:] if some else None,
-            None if transposed is None else reduced,
-            transposed,
-            pack_blocks,
-            len(some),
-            m.hidden,
-            *strides,
-            m.positions,
-            tiles,
-            BLOCK=_BLOCK,
-            BLOCK_P=64,
-            BLOCK_H=m.block_h,
-            num_warps=4,
-        )
+    packed, todo = packings(m, weights)
+    turned = None if m.lies_well(reduced) else m.empty()
+    if todo or turned is not None:
+        launch_pack(m, todo[0] if todo else None, reduced, turned)
+    for packing in todo[1:]:
+        launch_pack(m, packing)
     return reduced if turned is None else turned, packed
+
+
+def launch_pack(
+    m: Map,
+    packing: Packing | None,
+    reduced: Tensor | None = None,
+    turned: Tensor | None = None,
+) -> None:
+    """Pack weights and, where `turned` is given, lay `reduced` there as the branch's maps lie."""
+    tiles = cdiv(m.positions, 64)
+    programs = 0 if packing is None else len(packing.weights) * packing.blocks
+    launch(
+        _pack_kernel,
+        (programs + (0 if turned is None else m.n * tiles),),
+        *(NO_PACKING if packing is None else packing.arguments()),
+        None if turned is None else reduced,
+        turned,
+        m.hidden,
+        m.positions,
+        tiles,
+        BLOCK=PACK_BLOCK,
+        BLOCK_P=64,
+        BLOCK_H=m.block_h,
+        num_warps=4,
+    )
