@@ -191,7 +191,8 @@ def mlp_gate_tile(
 
 
 def spatial_tile(dtype: torch.dtype, positions: int, hidden: int, precision: str) -> Tile:
-    """Of every kernel of the spatial branch: block_p positions, and all of the hidden channels.
+    """Of every kernel of the spatial branch: block_p positions, and all of the hidden channels;
+    block_c is how many `taps` stand side by side.
 
     Args:
         dtype: of its maps.
@@ -213,10 +214,10 @@ def _spatial_tile(
     return dataclasses.replace(entry, block_p=block_p)
 
 
-def taps(dtype: torch.dtype, block_h: int) -> tuple[int, int]:
+def taps(tile: Tile) -> tuple[int, int]:
     """Of a 3x3 convolution, how many taps a dot takes side by side, padded to a power of two, and
-    how many of these there are: narrow layers make dots too short to hide a load behind."""
-    return (4, 3) if dtype.itemsize == 2 and block_h <= 32 else (1, 1)
+    how many of these there are: a row of three, or one."""
+    return (4, 3) if tile.block_c == 4 else (1, 1)
 
 
 _WEIGHT_GRADIENT_BYTES = 4 << 20
@@ -306,16 +307,16 @@ def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
     # The accumulator is hidden x block_p, and nine shifted tiles of the input pass through. Wider
     # tiles spill in the backward convolution, which applies a norm's gradient as it loads.
     if itemsize == 8:
-        return Tile(0, 16, 8, 1) if hidden > 64 else Tile(0, 32, 4, 1)
+        return Tile(1, 16, 8, 1) if hidden > 64 else Tile(1, 32, 4, 1)
     if itemsize == 2:
-        return Tile(0, 64 if hidden > 16 else 128, 8, 3)
+        return Tile(1, 64, 8, 3) if hidden > 16 else Tile(4, 128, 8, 3)
     if precision == "ieee" and hidden > 16:
-        return Tile(0, 16, 8, 1) if hidden > 32 else Tile(0, 32, 8, 1)
+        return Tile(1, 16, 8, 1) if hidden > 32 else Tile(1, 32, 8, 1)
     if hidden > 32:
-        return Tile(0, 16, 4, 1)
+        return Tile(1, 16, 4, 1)
     if hidden > 16:
-        return Tile(0, 64, 8, 1)
-    return Tile(0, 128, 4, 1)
+        return Tile(1, 64, 8, 1)
+    return Tile(1, 128, 4, 1)
 
 
 _TABLES = {

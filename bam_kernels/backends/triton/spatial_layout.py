@@ -134,7 +134,7 @@ class Map:
     @property
     def taps(self) -> tuple[int, int]:
         """(taps that a dot takes side by side, of which there are so many) in a convolution."""
-        return configs.taps(self.dtype, self.block_h)
+        return configs.taps(self.tile)
 
     def workspace(self, *shape: int) -> Tensor:
         """Uninitialised, in the accumulator's type."""
@@ -263,7 +263,7 @@ def _merged(partials: Partials, m: Map, width: int, centred: bool, group: int) -
     merged = m.workspace(2, groups, width)
     launch(_merge_kernel, (cdiv(width, 16), groups),
         partials.data, merged, m.total, partials.count, partials.block, group, groups, width,
-        CENTRED=centred, ACC=accumulator(m.dtype), BLOCK_H=16, BLOCK_T=128, num_warps=8,
+        CENTRED=centred, ACC=accumulator(m.dtype), BLOCK_H=16, BLOCK_T=64, num_warps=4,
     )  # fmt: skip
     return Partials(merged, groups, partials.block * group)
 
