@@ -160,7 +160,7 @@ def test_what_is_left_to_torch():
     """Each reason names its cause, and a plain branch has none."""
     branch = make_branch(64, torch.float32, "cpu")
     assert fusable.unfusable_mlp(branch, 8) is None
-    assert "over 512 samples" in fusable.unfusable_mlp(branch, 4096)
+    assert "over 1024 samples" in fusable.unfusable_mlp(branch, 4096)
     assert fusable.unfusable_mlp(branch.eval(), 4096) is None
     handle = branch.fc[0].register_forward_hook(lambda *_: None)
     assert "hooks" in fusable.unfusable_mlp(branch, 8)
