@@ -275,7 +275,7 @@ def launch_steps(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    block_n, block_c, block_u, num_warps = configs.channel_mlp_columns(n, kept.itemsize)
+    block_n, block_c, block_u, num_warps = configs.channel_mlp_columns(n)
     launch(
         _channel_mlp_logits_kernel,
         (cdiv(c, block_c),),

@@ -193,7 +193,7 @@ def channel_mlp_tile(half: bool) -> ProductTile:
     return ProductTile(16, 16, 128, 4, 3) if half else ProductTile(8, 16, 64, 4, 3)
 
 
-def channel_mlp_columns(samples: int, itemsize: int) -> tuple[int, int, int, int]:
+def channel_mlp_columns(samples: int) -> tuple[int, int, int, int]:
     """(BLOCK_N, BLOCK_C, BLOCK_U, num_warps) of programs that own channels over the whole batch and
     take the hidden layer BLOCK_U units at a time.
 
@@ -201,8 +201,7 @@ def channel_mlp_columns(samples: int, itemsize: int) -> tuple[int, int, int, int
     whole sector of L2.
     """
     block_n = max(next_power_of_2(samples), _LEAST)
-    block_u = 16 if block_n * itemsize <= 2048 else 8
-    return block_n, 8, block_u, 16 if block_n >= 512 else 8 if block_n >= 128 else 4
+    return block_n, 8, _LEAST, 16 if block_n >= 512 else 8 if block_n >= 128 else 4
 
 
 # What an inference reads a second time from L2 in place of a launch: at 4 TB/s it takes as long as
