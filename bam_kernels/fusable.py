@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from bam_kernels.convolution_choice import by_library
 from bam_kernels.reference import ChannelBranch, SpatialBranch
 
-MOST_MLP_SAMPLES = 1024
+MOST_MLP_SAMPLES = 512
 """Samples whose batch statistics the channel MLP takes: a program holds some channels, or some
 hidden units, of all of them in registers. More would spill, by ahead-of-time compilation."""
 

@@ -126,8 +126,8 @@ def test_half_types(dtype, device, seed):
 
 @pytest.fixture
 def in_steps(monkeypatch):
-    """Small batches take a launch a step as large ones do, and several blocks of the hidden layer."""
-    monkeypatch.setattr(configs, "channel_mlp_in_steps", lambda *_: True)
+    """Small batches take a launch a step as large ones do."""
+    monkeypatch.setattr(configs, "channel_mlp_in_steps", lambda *_, **__: True)
 
 
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
@@ -182,7 +182,7 @@ def test_what_is_left_to_torch():
     """Each reason names its cause, and a plain branch has none."""
     branch = make_branch(64, torch.float32, "cpu")
     assert fusable.unfusable_mlp(branch, 8) is None
-    assert "over 1024 samples" in fusable.unfusable_mlp(branch, 4096)
+    assert "over 512 samples" in fusable.unfusable_mlp(branch, 4096)
     assert fusable.unfusable_mlp(branch.eval(), 4096) is None
     handle = branch.fc[0].register_forward_hook(lambda *_: None)
     assert "hooks" in fusable.unfusable_mlp(branch, 8)

@@ -141,8 +141,8 @@ def channel_mlp_blocks(
 
 
 # The most samples whose columns a program of the channel MLP holds in registers: four of them, of 8
-# channels or units, fill half of a multiprocessor's registers at 1024.
-MOST_COLUMN_SAMPLES = 1024
+# channels or units, would fill half of a multiprocessor's registers at 1024, and spill backward.
+MOST_COLUMN_SAMPLES = 512
 
 
 def channel_mlp_in_steps(
@@ -202,6 +202,13 @@ def channel_mlp_columns(samples: int) -> tuple[int, int, int, int]:
     """
     block_n = max(next_power_of_2(samples), _LEAST)
     return block_n, 8, _LEAST, 16 if block_n >= 512 else 8 if block_n >= 128 else 4
+
+
+def channel_mlp_gradient_tiles(itemsize: int) -> tuple[int, int, int]:
+    """(samples of the hidden layer's gradient, channels of a weight's, samples or channels that a
+    dot sums over) of a program: 64 programs of each at C = 1024 and more, where no layer's tile
+    waits for the batch."""
+    return 8, 32 if itemsize == 4 else 16, 64 if itemsize == 4 else 32
 
 
 # What an inference reads a second time from L2 in place of a launch: at 4 TB/s it takes as long as
