@@ -13,16 +13,16 @@ from torch.autograd import forward_ad
 from bam_kernels.convolution_choice import by_library
 from bam_kernels.reference import ChannelBranch, SpatialBranch
 
-# Activations, BLOCK_N * BLOCK_H, that a program of the fused channel MLP holds in registers; with
-# batch statistics BLOCK_N is the whole batch. More would spill, by ahead-of-time compilation: the
-# limit is lower where the hidden layer is wider than 64.
-_MLP_REGISTERS, _WIDE_MLP_REGISTERS = 8192, 4096
+MOST_MLP_SAMPLES = 512
+"""Samples whose batch statistics the channel MLP takes: a program holds some channels, or some
+hidden units, of all of them in registers. More would spill, by ahead-of-time compilation."""
 
 MOST_HIDDEN = 128
 """Channels inside of the spatial branch: its kernels hold all of a tile's."""
 
-MOST_MLP_HIDDEN = _WIDE_MLP_REGISTERS // 16
-"""Hidden units of the channel MLP without batch statistics: 16 samples at a time."""
+MOST_MLP_HIDDEN = 256
+"""Hidden units of the channel MLP: without batch statistics programs may hold those of 16 samples
+at a time, and spill beyond."""
 
 
 def unfusable(channel: ChannelBranch | None, spatial: SpatialBranch | None) -> str | None:
@@ -88,14 +88,16 @@ def unfusable_mlp(branch: ChannelBranch, samples: int) -> str | None:
         for norm, width in ((hidden_norm, fc0.out_features), (branch.norm, fc0.in_features))
     ):
         return "the channel MLP's layers do not fit C to h to C"
-    hidden = _next_power_of_2(fc0.out_features)
-    # One comparison, and no size in the words: torch.compile would tie its graph to the batch.
-    most = (_MLP_REGISTERS if hidden <= 64 else _WIDE_MLP_REGISTERS) // hidden
-    batch_stats = any(uses_batch_stats(norm) for norm in norms)
-    if most < 16 or (batch_stats and samples > most):
+    if fc0.out_features > MOST_MLP_HIDDEN:
         return (
-            f"the batch is over {most} samples, the most whose statistics one program takes with "
-            f"{fc0.out_features} hidden units"
+            f"its hidden layer has {fc0.out_features} units; the kernels take {MOST_MLP_HIDDEN} at "
+            "most"
+        )
+    # One comparison, and no size in the words: torch.compile would tie its graph to the batch.
+    if any(uses_batch_stats(norm) for norm in norms) and samples > MOST_MLP_SAMPLES:
+        return (
+            f"the batch is over {MOST_MLP_SAMPLES} samples, the most whose statistics one program "
+            "takes"
         )
     return None
 
@@ -154,10 +156,6 @@ def _widths(branch: SpatialBranch, hidden: int) -> list[tuple[nn.Module, int]]:
     """The spatial branch's norms, and how many channels each should have."""
     found = [] if branch.hidden_norm is None else [(norm, hidden) for norm in branch.hidden_norm]
     return found if branch.norm is None else [*found, (branch.norm, 1)]
-
-
-def _next_power_of_2(n: int) -> int:
-    return max(16, 1 << max(n - 1, 0).bit_length())
 
 
 def has_hooks(module: nn.Module) -> bool:

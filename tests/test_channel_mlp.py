@@ -13,12 +13,15 @@ from tolerances import Errors, Sway, assert_parity, rounded_anew, with_rounded_p
 from torch import nn
 
 from bam_kernels import functional, fusable, reference, training
+from bam_kernels.backends.triton import configs
 from bam_kernels.config import resolve
 
 
-def make_branch(channels, dtype, device, *, norm_hidden=False, norm_final=True, **norm_options):
+def make_branch(
+    channels, dtype, device, *, reduction=8, norm_hidden=False, norm_final=True, **norm_options
+):
     """A branch with non-trivial weights, affine parameters and running statistics."""
-    config = resolve(channels, 8, norm_hidden=norm_hidden, norm_final=norm_final)
+    config = resolve(channels, reduction, norm_hidden=norm_hidden, norm_final=norm_final)
     branch = reference.ChannelBranch(config, device=device, dtype=dtype)
     for module in branch.modules():
         if isinstance(module, nn.BatchNorm1d):
@@ -119,6 +122,25 @@ def test_parity(channels, samples, options, dtype, train, device, seed):
 def test_half_types(dtype, device, seed):
     """Without batch statistics, which amplify the rounding of the inputs at will."""
     check(100, 19, dtype, device, False, {}, draws=3)
+
+
+@pytest.fixture
+def in_steps(monkeypatch):
+    """Small batches take a launch a step as large ones do."""
+    monkeypatch.setattr(configs, "channel_mlp_in_steps", lambda *_, **__: True)
+
+
+@pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=name)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("samples,channels,reduction", ((24, 37, 9), (41, 100, 5)))
+def test_parity_in_steps(
+    samples, channels, reduction, options, dtype, train, device, seed, in_steps
+):
+    """The last with two blocks of hidden units, and of channels."""
+    draws = 1 if dtype == torch.float64 else 6
+    options = OPTIONS[options] | {"reduction": reduction}
+    check(channels, samples, dtype, device, train, options, draws)
 
 
 @pytest.mark.parametrize("momentum", (0.1, 0.7, None))

@@ -183,7 +183,7 @@ def test_batch_sizes_recompile_once(kind, mode, device, seed, large_tiles):
 def test_batch_sizes_beyond_the_fused_mlp_recompile_once(monkeypatch, device, seed, large_tiles):
     """Where a batch outgrows the kernel of the channel MLP, neither the limit nor the words about
     it tie the graph to one size."""
-    monkeypatch.setattr(fusable, "_MLP_REGISTERS", 16 * 16)
+    monkeypatch.setattr(fusable, "MOST_MLP_SAMPLES", 16)
     model = randomize(BAM(24, 4, spatial=False)).to(device).double()
     assert fusable.unfusable_mlp(model.channel, 16) is None
     twin, graphs = copy.deepcopy(model), Graphs()

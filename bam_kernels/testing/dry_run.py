@@ -32,10 +32,17 @@ from bam_kernels.testing.traffic import Launch, Recorder, TensorTraffic, Traffic
 _WRITTEN: dict[str, frozenset[str]] = {
     kernel: frozenset(names.split())
     for kernel, names in {
+        "_channel_mlp_backward_first_kernel": "dbias0 dhidden_beta dhidden_gamma dpooled dweight0",
         "_channel_mlp_backward_in_kernel": ("dbias0 dhidden_beta dhidden_gamma dpooled dweight0"),
+        "_channel_mlp_backward_norm_kernel": "dbeta dgamma dout",
         "_channel_mlp_backward_out_kernel": "dactive dbeta dbias1 dgamma dweight1",
+        "_channel_mlp_backward_second_kernel": "dactive dbias1 dweight1",
+        "_channel_mlp_hidden_kernel": "hidden_out",
         "_channel_mlp_kernel": (
             "batch_mean batch_var hidden_batch_mean hidden_batch_var hidden_out logits"
+        ),
+        "_channel_mlp_logits_kernel": (
+            "batch_mean batch_var hidden_batch_mean hidden_batch_var logits"
         ),
         "_conv_mlp_kernel": "logits mlp_logits out",
         "_dilated_conv_backward_kernel": "dnorm dsource dweight source_sums",

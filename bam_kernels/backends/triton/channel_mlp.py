@@ -1,7 +1,8 @@
-"""The channel branch behind the pooling (Eq. 3) in one launch: linear layers, ReLU, batch norms.
+"""The channel branch behind the pooling (Eq. 3): linear layers, ReLU, batch norms.
 
-With running statistics the batch is cut into blocks; with batch statistics each program holds the
-whole batch, so that the statistics need no second launch.
+In one launch where that is little work, else in the two of `channel_mlp_steps`. With running
+statistics the one launch cuts the batch into blocks; with batch statistics each of its programs
+holds the whole batch, so that the statistics need no second launch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from bam_kernels.backends.triton import configs
-from bam_kernels.backends.triton.device_math import dot
+from bam_kernels.backends.triton.channel_mlp_steps import (
+    batch_statistics,
+    launch_steps,
+    normalize,
+)
+from bam_kernels.backends.triton.device_math import dot, product
 from bam_kernels.backends.triton.launch import (
     accumulator,
     accumulator_dtype,
@@ -21,25 +27,6 @@ from bam_kernels.backends.triton.launch import (
     launch,
 )
 from bam_kernels.backends.triton.replay import replayed
-
-
-@triton.jit
-def batch_statistics(value, in_n, N, ACC: tl.constexpr):
-    """Mean and biased variance over axis 0 of value [BLOCK_N, columns], as a batch norm applies."""
-    count = N.to(ACC)
-    mean = tl.sum(tl.where(in_n[:, None], value, 0.0), axis=0) / count
-    centred = tl.where(in_n[:, None], value - mean[None, :], 0.0)
-    return mean, tl.sum(centred * centred, axis=0) / count
-
-
-@triton.jit
-def normalize(value, at, in_at, mean, var, gamma, beta, EPS: tl.constexpr, ACC: tl.constexpr):
-    value = (value - mean[None, :]) * (1 / tl.sqrt(var + EPS))[None, :]
-    if gamma is not None:
-        value *= tl.load(gamma + at, mask=in_at, other=0.0).to(ACC)[None, :]
-    if beta is not None:
-        value += tl.load(beta + at, mask=in_at, other=0.0).to(ACC)[None, :]
-    return value
 
 
 @triton.jit
@@ -114,7 +101,7 @@ def mlp_block(
             mask=in_h[None, :] & in_c[:, None],
             other=0.0,
         )
-        y = dot(a.to(ACC), b.to(ACC), y, "ieee")
+        y = product(a, b, y)
     if bias0 is not None:
         y += tl.load(bias0 + units_h, mask=in_h, other=0.0).to(ACC)[None, :]
     if hidden_out is not None and channel_block == 0:
@@ -242,47 +229,59 @@ def channel_mlp_forward(
         torch.empty(hidden if hidden_norm and hidden_batch_stats else 0, **made) for _ in range(2)
     ]
     stats = [torch.empty(c if norm and batch_stats else 0, **made) for _ in range(2)]
-    block_n, block_c, block_h, num_warps = configs.channel_mlp_blocks(
+    statistics = (
+        *(hidden_stats if hidden_norm and hidden_batch_stats else (None, None)),
+        *(stats if norm and batch_stats else (None, None)),
+    )
+    norms = (
+        dense(hidden_gamma),
+        dense(hidden_beta),
+        None if hidden_batch_stats else dense(hidden_mean),
+        None if hidden_batch_stats else dense(hidden_var),
+        dense(gamma),
+        dense(beta),
+        None if batch_stats else dense(mean),
+        None if batch_stats else dense(var),
+    )
+    first, second = (weight0.contiguous(), dense(bias0)), (weight1.contiguous(), dense(bias1))
+    options = {
+        "HIDDEN_NORM": hidden_norm,
+        "HIDDEN_BATCH_STATS": hidden_batch_stats,
+        "HIDDEN_EPS": hidden_eps,
+        "NORM": norm,
+        "BATCH_STATS": batch_stats,
+        "EPS": eps,
+    }
+    blocks = configs.channel_mlp_blocks(
         n, hidden, (hidden_norm and hidden_batch_stats) or (norm and batch_stats), logits.itemsize
     )
-    channel_blocks = cdiv(c, block_c)
     with device_guard(pooled):
-        launch(
-            _channel_mlp_kernel,
-            (cdiv(n, block_n) * channel_blocks,),
-            pooled.contiguous(),
-            weight0.contiguous(),
-            dense(bias0),
-            weight1.contiguous(),
-            dense(bias1),
-            dense(hidden_gamma),
-            dense(hidden_beta),
-            None if hidden_batch_stats else dense(hidden_mean),
-            None if hidden_batch_stats else dense(hidden_var),
-            dense(gamma),
-            dense(beta),
-            None if batch_stats else dense(mean),
-            None if batch_stats else dense(var),
-            logits,
-            kept,
-            hidden_stats[0] if hidden_norm and hidden_batch_stats else None,
-            hidden_stats[1] if hidden_norm and hidden_batch_stats else None,
-            stats[0] if norm and batch_stats else None,
-            stats[1] if norm and batch_stats else None,
-            n,
-            c,
-            hidden,
-            channel_blocks,
-            HIDDEN_NORM=hidden_norm,
-            HIDDEN_BATCH_STATS=hidden_batch_stats,
-            HIDDEN_EPS=hidden_eps,
-            NORM=norm,
-            BATCH_STATS=batch_stats,
-            EPS=eps,
-            ACC=accumulator(pooled.dtype),
-            BLOCK_N=block_n,
-            BLOCK_C=block_c,
-            BLOCK_H=block_h,
-            num_warps=num_warps,
-        )
+        if configs.channel_mlp_in_steps(n, c, blocks, pooled.itemsize):
+            launch_steps(
+                pooled.contiguous(), first, second, norms, logits, kept, statistics, options
+            )
+        else:
+            block_n, block_c, block_h, num_warps = blocks
+            channel_blocks = cdiv(c, block_c)
+            launch(
+                _channel_mlp_kernel,
+                (cdiv(n, block_n) * channel_blocks,),
+                pooled.contiguous(),
+                *first,
+                *second,
+                *norms,
+                logits,
+                kept,
+                *statistics,
+                n,
+                c,
+                hidden,
+                channel_blocks,
+                **options,
+                ACC=accumulator(pooled.dtype),
+                BLOCK_N=block_n,
+                BLOCK_C=block_c,
+                BLOCK_H=block_h,
+                num_warps=num_warps,
+            )
     return logits, kept, *hidden_stats, *stats

@@ -1,6 +1,7 @@
 """The gradient of the channel branch behind the pooling (Eq. 3), in two launches.
 
-The first owns blocks of the logits' channels: the last norm, the second layer, and a partial of the
+Large batches and wide hidden layers take those of `channel_mlp_backward_steps`. Of the two here the
+first owns blocks of the logits' channels: the last norm, the second layer, and a partial of the
 hidden layer's gradient. The second owns blocks of the input's channels, adds those partials in
 order, and makes the rest.
 """
@@ -13,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bam_kernels.backends.triton import configs
-from bam_kernels.backends.triton.channel_mlp import batch_statistics, dense
+from bam_kernels.backends.triton.channel_mlp import dense
+from bam_kernels.backends.triton.channel_mlp_backward_steps import launch_backward_steps
+from bam_kernels.backends.triton.channel_mlp_steps import batch_statistics
 from bam_kernels.backends.triton.device_math import dot, narrow
 from bam_kernels.backends.triton.launch import (
     accumulator,
@@ -271,14 +274,14 @@ def channel_mlp_backward(
     n, c = pooled.shape
     hidden = weight0.shape[0]
     wide = accumulator_dtype(pooled.dtype)
-    block_n, block_c, block_h, num_warps = configs.channel_mlp_blocks(
+    found = configs.channel_mlp_blocks(
         n,
         hidden,
         (hidden_norm and hidden_batch_stats) or (norm and batch_stats),
         wide.itemsize,
         backward=True,
     )
-    blocks = cdiv(c, block_c)
+    block_n, block_c, block_h, num_warps = found
     dpooled = pooled.new_empty((n, c) if need_pooled else 0)
     dweight0, dbias0 = weight0.new_empty((hidden, c)), weight0.new_empty(hidden)
     dweight1, dbias1 = weight1.new_empty((c, hidden)), weight1.new_empty(c)
@@ -288,18 +291,48 @@ def channel_mlp_backward(
         like_hidden.new_empty(hidden if hidden_norm else 0) for _ in range(2)
     )
     dgamma, dbeta = (like.new_empty(c if norm else 0) for _ in range(2))
-    dactive = torch.empty((blocks, n, hidden), dtype=wide, device=pooled.device)
     hidden_vectors = (
         dense(hidden_gamma),
         dense(hidden_beta),
         None if hidden_batch_stats else dense(hidden_mean),
         None if hidden_batch_stats else dense(hidden_var),
     )
-    constants = {
+    vectors = (
+        dense(gamma),
+        None if batch_stats else dense(mean),
+        None if batch_stats else dense(var),
+    )
+    dhidden = (dhidden_gamma, dhidden_beta) if hidden_norm else (None, None)
+    options = {
         "HIDDEN_NORM": hidden_norm,
         "HIDDEN_BATCH_STATS": hidden_batch_stats,
         "HIDDEN_EPS": hidden_eps,
         "ACC": accumulator(pooled.dtype),
+    }
+    result = (
+        dpooled, dweight0, dbias0, dweight1, dbias1, dhidden_gamma, dhidden_beta, dgamma, dbeta,
+    )  # fmt: skip
+    if configs.channel_mlp_in_steps(n, c, found, pooled.itemsize, backward=True):
+        with device_guard(pooled):
+            launch_backward_steps(
+                dlogits.contiguous(),
+                kept,
+                pooled.contiguous(),
+                weight0.contiguous(),
+                (weight1.contiguous(), dense(bias1)),
+                hidden_vectors,
+                vectors,
+                (dpooled if need_pooled else None, dweight0, dbias0, *dhidden),
+                (dweight1, dbias1),
+                (dgamma, dbeta) if norm else None,
+                options,
+                {"BATCH_STATS": batch_stats, "EPS": eps},
+            )
+        return result
+    blocks = cdiv(c, block_c)
+    dactive = torch.empty((blocks, n, hidden), dtype=wide, device=pooled.device)
+    constants = {
+        **options,
         "LOOP": n > block_n,
         "BLOCK_N": block_n,
         "BLOCK_C": block_c,
@@ -318,9 +351,7 @@ def channel_mlp_backward(
             weight1.contiguous(),
             dense(bias1) if norm else None,
             *hidden_vectors,
-            dense(gamma),
-            None if batch_stats else dense(mean),
-            None if batch_stats else dense(var),
+            *vectors,
             dweight1,
             dbias1,
             dgamma if norm else None,
@@ -345,14 +376,11 @@ def channel_mlp_backward(
             dpooled if need_pooled else None,
             dweight0,
             dbias0,
-            dhidden_gamma if hidden_norm else None,
-            dhidden_beta if hidden_norm else None,
+            *dhidden,
             n,
             blocks,
             c,
             hidden,
             **constants,
         )
-    return (
-        dpooled, dweight0, dbias0, dweight1, dbias1, dhidden_gamma, dhidden_beta, dgamma, dbeta,
-    )  # fmt: skip
+    return result

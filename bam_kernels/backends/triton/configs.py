@@ -120,13 +120,12 @@ def block_hidden(kernel: str, dtype: torch.dtype, hidden: int) -> int:
 def channel_mlp_blocks(
     samples: int, hidden: int, batch_stats: bool, itemsize: int, backward: bool = False
 ) -> tuple[int, int, int, int]:
-    """(BLOCK_N, BLOCK_C, BLOCK_H, num_warps) of the channel MLP, whose accumulator has `itemsize`.
+    """(BLOCK_N, BLOCK_C, BLOCK_H, num_warps) of the channel MLP whose programs hold the hidden
+    layer of their samples; its accumulator has `itemsize`.
 
     BLOCK_N is the whole batch where it takes statistics. BLOCK_C, the channels of the logits that a
     program owns and of its input that it takes at a time, gives 8 to 32 programs at C of 256 to
-    1024, and twice as many backward; fp64 spills at 32. The activations live in registers:
-    `bam_kernels.functional` leaves to torch more than 8192 of them, or more than 4096 where BLOCK_H
-    is above 64.
+    1024, and twice as many backward; fp64 spills at 32.
     """
     block_n = max(next_power_of_2(samples), _LEAST) if batch_stats else _LEAST
     block_h = block_whole(hidden)
@@ -139,6 +138,77 @@ def channel_mlp_blocks(
     if entry := _overrides.get("channel_mlp"):
         block_c, num_warps = entry.block_c, entry.num_warps
     return block_n, block_c, block_h, num_warps
+
+
+# The most samples whose columns a program of the channel MLP holds in registers: four of them, of 8
+# channels or units, would fill half of a multiprocessor's registers at 1024, and spill backward.
+MOST_COLUMN_SAMPLES = 512
+
+
+def channel_mlp_in_steps(
+    samples: int,
+    channels: int,
+    blocks: tuple[int, int, int, int],
+    itemsize: int,
+    backward: bool = False,
+) -> bool:
+    """Whether the channel MLP takes a launch a step, given its blocks in one and the bytes of an
+    element of `pooled`: where one launch would be slow, or would not hold the hidden layer.
+
+    Forward each program makes the hidden layer of its samples anew. On an H200 2^20 multiplications
+    in a program take 36 us without tensor cores (fp16 at C = 256, N = 256), and a launch 3 us: one
+    launch has up to an eighth of that, and half of it on tensor cores. Backward each program adds
+    up a partial of the hidden layer's gradient from every block of channels: from L2, for up to
+    `_READ_AGAIN_BYTES` in all.
+    """
+    block_n, block_c, block_h, _ = blocks
+    if samples > MOST_COLUMN_SAMPLES:
+        return False
+    if block_n * block_h > 4096:
+        return True
+    if backward:
+        partials = -(-channels // block_c)
+        return not reads_again(partials * partials * samples * block_h * 4)
+    return block_n * block_h * channels > (1 << 19 if itemsize == 2 else 1 << 17)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductTile:
+    """A tile [block_n, block_u] of a product, summed over block_k at a time."""
+
+    block_n: int
+    block_u: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def channel_mlp_tile(half: bool) -> ProductTile:
+    """Of the hidden layer, or of its gradient: N / 16 x h / 16 programs, 16 at C = 256 and N = 256
+    and 64 at C = 1024. `half` says that both factors are of one half type, for tensor cores.
+
+    Each walks all of C; the stages hide the latency of what is in L2. Without tensor cores half the
+    samples: the multiplications take the time.
+    """
+    return ProductTile(16, 16, 128, 4, 3) if half else ProductTile(8, 16, 64, 4, 3)
+
+
+def channel_mlp_columns(samples: int) -> tuple[int, int, int, int]:
+    """(BLOCK_N, BLOCK_C, BLOCK_U, num_warps) of programs that own channels over the whole batch and
+    take the hidden layer BLOCK_U units at a time.
+
+    8 channels a program are 32 to 128 programs at C of 256 to 1024, and 32 bytes a row of fp32: a
+    whole sector of L2.
+    """
+    block_n = max(next_power_of_2(samples), _LEAST)
+    return block_n, 8, _LEAST, 16 if block_n >= 512 else 8 if block_n >= 128 else 4
+
+
+def channel_mlp_gradient_tiles(itemsize: int) -> tuple[int, int, int]:
+    """(samples of the hidden layer's gradient, channels of a weight's, samples or channels that a
+    dot sums over) of a program: 64 programs of each at C = 1024 and more, where no layer's tile
+    waits for the batch."""
+    return 8, 32 if itemsize == 4 else 16, 64 if itemsize == 4 else 32
 
 
 # What an inference reads a second time from L2 in place of a launch: at 4 TB/s it takes as long as

@@ -56,6 +56,15 @@ def relu(value):
     return value
 
 
+def product(a, b, acc):
+    """acc + a @ b with exact products: on tensor cores where both are of one half type, else in
+    acc's type and without them."""
+    if a.dtype == b.dtype and (a.dtype == tl.float16 or a.dtype == tl.bfloat16):
+        return dot(a, b, acc, "ieee")
+    else:
+        return dot(a.to(acc.dtype), b.to(acc.dtype), acc, "ieee")
+
+
 @triton.jit
 def sigmoid(z):
     """1 / (1 + exp(-z)); exp overflows to inf below, which gives the right 0."""
