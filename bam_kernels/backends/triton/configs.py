@@ -241,12 +241,16 @@ def split_walk(blocks: int, other_programs: int, num_warps: int) -> int:
     return max(1, min(blocks, 8, TARGET_WARPS // num_warps // max(other_programs, 1)))
 
 
-def split_tiles(tiles: int, other_programs: int) -> int:
+def split_tiles(tiles: int, other_programs: int, num_warps: int, partial_bytes: int) -> int:
     """Into how many parts the walk over all (sample, tile) pairs is cut in the input gradient.
 
-    Each part owns a partial of dW0, so no more than fills the GPU twice.
+    Each part owns a partial of dW0, of `partial_bytes`: no more of them than 256, or than fill the
+    GPU in small programs, nor than 16 MB of them, a few percent of what the kernel moves at large
+    batches; but as many as occupy every multiprocessor.
     """
-    return max(1, min(tiles, -(-2 * TARGET_PROGRAMS // other_programs)))
+    most = TARGET_WARPS // num_warps // other_programs
+    most = min(most, 256, (16 << 20) // max(partial_bytes, 1))
+    return max(1, min(tiles, max(most, -(-TARGET_PROGRAMS // other_programs))))
 
 
 # What decides below is ahead-of-time compilation for sm_80, 90, 100 and 120 (tests/test_aot.py): no
