@@ -19,6 +19,9 @@ import torch
 # bits, is the same everywhere.
 TARGET_PROGRAMS = 264
 
+# The same in warps, for kernels of few warps a program: two waves of 32 warps a multiprocessor.
+TARGET_WARPS = 8448
+
 # tl.dot wants at least 16 along each reduced axis for 16-bit operands (8 for fp32, 4 for fp64).
 _LEAST = 16
 
@@ -314,12 +317,22 @@ def split_channels(blocks: int, other_programs: int, channels: int = 0, hidden: 
     return max(1, min(blocks, 8, most, TARGET_PROGRAMS // max(other_programs, 1)))
 
 
-def split_tiles(tiles: int, other_programs: int) -> int:
+def split_walk(blocks: int, other_programs: int, num_warps: int) -> int:
+    """Into how many parts the walk of the gate's reductions is cut: as many as fill the GPU, at
+    most 8, for each leaves a partial sum of the whole dense axis."""
+    return max(1, min(blocks, 8, TARGET_WARPS // num_warps // max(other_programs, 1)))
+
+
+def split_tiles(tiles: int, other_programs: int, num_warps: int, partial_bytes: int) -> int:
     """Into how many parts the walk over all (sample, tile) pairs is cut in the input gradient.
 
-    Each part owns a partial of dW0, so no more than fills the GPU twice.
+    Each part owns a partial of dW0, of `partial_bytes`: no more of them than 256, or than fill the
+    GPU in small programs, nor than 16 MB of them, a few percent of what the kernel moves at large
+    batches; but as many as occupy every multiprocessor.
     """
-    return max(1, min(tiles, -(-2 * TARGET_PROGRAMS // other_programs)))
+    most = TARGET_WARPS // num_warps // other_programs
+    most = min(most, 256, (16 << 20) // max(partial_bytes, 1))
+    return max(1, min(tiles, max(most, -(-TARGET_PROGRAMS // other_programs))))
 
 
 # What decides below is ahead-of-time compilation for sm_80, 90, 100 and 120 (tests/test_aot.py): no
@@ -336,11 +349,13 @@ def _gate(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Ti
 
 
 def _gate_backward_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
-    # Two streams (dout, x) and both gradients are live: half the gate's tile.
+    # Two streams (dout, x) and both gradients are live, and one of the gradients is summed over
+    # the walk element by element: 32 elements a thread of half types, 16 of fp32.
     if itemsize == 8:
         return Tile(64, 16, 4, 1) if channels_last else Tile(16, 64, 4, 1)
-    warps = 8 if itemsize == 4 else 4  # fp32 spills on sm_120 with 4
-    return Tile(128, 16, warps, 2) if channels_last else Tile(16, 128, warps, 2)
+    if itemsize == 4:
+        return Tile(64, 16, 2, 2) if channels_last else Tile(16, 64, 2, 2)
+    return Tile(64, 32, 2, 2) if channels_last else Tile(16, 64, 2, 3)
 
 
 def _pool_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:

@@ -132,6 +132,7 @@ def gate_forward(
 
 
 _REDUCE_SIZES = [
+    "outer",
     "inner_units",
     "dout_stride_n",
     "dout_stride_outer",
@@ -140,9 +141,7 @@ _REDUCE_SIZES = [
 ]
 
 
-@triton.jit(
-    do_not_specialize=["outer", "position_tiles", "splits", "blocks_per_split", *_REDUCE_SIZES]
-)
+@triton.jit(do_not_specialize=["inner_tiles", "splits", "blocks_per_split", *_REDUCE_SIZES])
 def _gate_backward_reduce_kernel(
     dout,
     x,
@@ -156,7 +155,7 @@ def _gate_backward_reduce_kernel(
     dout_stride_outer,
     x_stride_n,
     x_stride_outer,
-    position_tiles,
+    inner_tiles,
     splits,
     blocks_per_split,
     ALIGN: tl.constexpr,
@@ -165,51 +164,63 @@ def _gate_backward_reduce_kernel(
     ACC: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One program: BLOCK_P positions of one sample, walking over its split of the channels.
+    """One program: a block of the dense axis in one sample, walking over its split of the other.
 
-    It owns dspatial [n, split, its positions] and dchannel [n, position_tile, its channels]: no two
-    programs write one address. Grid: samples x splits x position tiles, flat.
+    The sum over the walk is kept element by element and taken across threads once, at the end; the
+    sum over the dense axis, which mostly stays within a warp, is taken each step. A program owns
+    [n, split, its dense block] of the one gradient and [n, inner_tile, its split] of the other: no
+    two programs write one address. Grid: samples x splits x inner tiles, flat.
     """
+    BLOCK_INNER: tl.constexpr = BLOCK_C if CHANNELS_LAST else BLOCK_P
+    BLOCK_OUTER: tl.constexpr = BLOCK_P if CHANNELS_LAST else BLOCK_C
     inner = inner_units * ALIGN
-    C = inner if CHANNELS_LAST else outer
-    P = outer if CHANNELS_LAST else inner
     pid = tl.program_id(0)
-    position_tile = pid % position_tiles
-    rest = pid // position_tiles
+    inner_tile = pid % inner_tiles
+    rest = pid // inner_tiles
     split = rest % splits
     n = (rest // splits).to(tl.int64)
-    columns = position_tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_p = columns < P
+    dense = inner_tile * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
+    in_dense = dense < inner
     dout += n * dout_stride_n * ALIGN
     x += n * x_stride_n * ALIGN
+    by_inner = channel if CHANNELS_LAST else spatial
+    by_outer = spatial if CHANNELS_LAST else channel
+    dinner = dchannel if CHANNELS_LAST else dspatial
+    douter = dspatial if CHANNELS_LAST else dchannel
 
-    s = None
-    if spatial is not None:
-        s = tl.load(spatial + n * P + columns, mask=in_p, other=0.0).to(ACC)[None, :]
-    ds = tl.zeros((BLOCK_P,), ACC)
-    first = split * blocks_per_split * BLOCK_C
-    last = tl.minimum(first + blocks_per_split * BLOCK_C, C)
-    for start in range(first, last, BLOCK_C):
-        rows = start + tl.arange(0, BLOCK_C)
-        in_c = rows < C
-        mask = in_c[:, None] & in_p[None, :]
-        c = None
-        if channel is not None:
-            c = tl.load(channel + n * C + rows, mask=in_c, other=0.0).to(ACC)[:, None]
-        at_dout = map_offsets(rows, columns, dout_stride_outer, ALIGN, CHANNELS_LAST)
-        at_x = map_offsets(rows, columns, x_stride_outer, ALIGN, CHANNELS_LAST)
+    i = None
+    if by_inner is not None:
+        i = tl.load(by_inner + n * inner + dense, mask=in_dense, other=0.0).to(ACC)[None, :]
+    total = tl.zeros((BLOCK_OUTER, BLOCK_INNER), ACC)
+    first = split * blocks_per_split * BLOCK_OUTER
+    last = tl.minimum(first + blocks_per_split * BLOCK_OUTER, outer)
+    for start in tl.range(first, last, BLOCK_OUTER, num_stages=STAGES):
+        walked = start + tl.arange(0, BLOCK_OUTER)
+        in_walk = walked < outer
+        mask = in_walk[:, None] & in_dense[None, :]
+        o = None
+        if by_outer is not None:
+            o = tl.load(by_outer + n * outer + walked, mask=in_walk, other=0.0).to(ACC)[:, None]
+        far = walked.to(tl.int64)
+        at_dout = (far * dout_stride_outer * ALIGN)[:, None] + dense[None, :]
+        at_x = (far * x_stride_outer * ALIGN)[:, None] + dense[None, :]
         product = tl.load(dout + at_dout, mask=mask, other=0.0).to(ACC)
         product *= tl.load(x + at_x, mask=mask, other=0.0).to(ACC)
-        by_c, by_s = logit_gradients(product, c, s, COMBINE)
-        if channel is not None:
-            # Outside the mask the product is 0, but an infinite logit there makes it NaN.
-            dc = tl.sum(tl.where(mask, by_c, 0.0), axis=1)
-            tl.store(dchannel + (n * position_tiles + position_tile) * C + rows, dc, mask=in_c)
-        if spatial is not None:
-            ds += tl.sum(tl.where(mask, by_s, 0.0), axis=0)
-    if spatial is not None:
-        tl.store(dspatial + (n * splits + split) * P + columns, ds, mask=in_p)
+        if CHANNELS_LAST:
+            to_inner, to_outer = logit_gradients(product, i, o, COMBINE)
+        else:
+            to_outer, to_inner = logit_gradients(product, o, i, COMBINE)
+        # Outside the mask the product is 0, but an infinite logit there makes it NaN.
+        if by_outer is not None:
+            step = tl.sum(tl.where(mask, to_outer, 0.0), axis=1)
+            tl.store(douter + (n * inner_tiles + inner_tile) * outer + walked, step, mask=in_walk)
+        if by_inner is not None:
+            total += tl.where(mask, to_inner, 0.0)
+    if by_inner is not None:
+        at = dinner + (n * splits + split) * inner + dense
+        tl.store(at, tl.sum(total, axis=0), mask=in_dense)
 
 
 @replayed
@@ -221,19 +232,25 @@ def gate_backward_reduce(
     dout = layout.like(dout, x)
     w = walk(x, dout)
     t = configs.tile("gate_backward_reduce", x.dtype, w.c, w.p, 0, w.channels_last)
-    position_tiles, blocks = cdiv(w.p, t.block_p), cdiv(w.c, t.block_c)
-    blocks_per_split = cdiv(blocks, configs.split_channels(blocks, w.n * position_tiles))
+    position_tiles, channel_tiles = cdiv(w.p, t.block_p), cdiv(w.c, t.block_c)
+    inner_tiles, blocks = position_tiles, channel_tiles
+    if w.channels_last:
+        inner_tiles, blocks = channel_tiles, position_tiles
+    blocks_per_split = cdiv(blocks, configs.split_walk(blocks, w.n * inner_tiles, t.num_warps))
     splits = cdiv(blocks, blocks_per_split)
+    channel_parts, position_parts = inner_tiles, splits
+    if w.channels_last:
+        channel_parts, position_parts = splits, inner_tiles
     partial = {"device": x.device, "dtype": accumulator_dtype(x.dtype)}
     dchannel = dspatial = x.new_empty(0)
     if channel is not None:
-        dchannel = torch.empty((w.n, position_tiles, w.c), **partial)
+        dchannel = torch.empty((w.n, channel_parts, w.c), **partial)
     if spatial is not None:
-        dspatial = torch.empty((w.n, splits, w.p), **partial)
+        dspatial = torch.empty((w.n, position_parts, w.p), **partial)
     with device_guard(x):
         launch(
             _gate_backward_reduce_kernel,
-            (w.n * splits * position_tiles,),
+            (w.n * splits * inner_tiles,),
             dout,
             x,
             None if channel is None else channel.contiguous(),
@@ -244,7 +261,7 @@ def gate_backward_reduce(
             w.inner // w.align,
             *units(dout, w),
             *units(x, w),
-            position_tiles,
+            inner_tiles,
             splits,
             blocks_per_split,
             ALIGN=w.align,
@@ -253,17 +270,18 @@ def gate_backward_reduce(
             ACC=accumulator(x.dtype),
             BLOCK_C=t.block_c,
             BLOCK_P=t.block_p,
+            STAGES=t.num_stages,
             num_warps=t.num_warps,
             num_stages=t.num_stages,
         )
         jobs = []
         if channel is not None:
             out = torch.empty_like(channel, memory_format=torch.contiguous_format)
-            jobs.append(Job(dchannel, out, position_tiles))
+            jobs.append(Job(dchannel, out, channel_parts))
             dchannel = out
         if spatial is not None:
             out = torch.empty_like(spatial, memory_format=torch.contiguous_format)
-            jobs.append(Job(dspatial, out, splits))
+            jobs.append(Job(dspatial, out, position_parts))
             dspatial = out
         sum_splits(jobs)
     return dchannel, dspatial

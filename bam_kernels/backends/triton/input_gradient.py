@@ -47,6 +47,71 @@ _SIZES = [
 ]
 
 
+@triton.jit
+def _load_weight(weight, rows, some_h, C, hidden):
+    """W0's block, transposed: [BLOCK_C, BLOCK_H]."""
+    return tl.load(
+        weight + some_h[None, :] * C + rows[:, None],
+        mask=(some_h < hidden)[None, :] & (rows < C)[:, None],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _load_reduced(dreduced, n, columns, some_h, P, hidden, CHANNELS_LAST: tl.constexpr):
+    """Hidden channels `some_h` of dreduced at positions `columns`: [BLOCK_H, BLOCK_P]."""
+    at = map_offsets(some_h, columns, hidden if CHANNELS_LAST else P, 1, CHANNELS_LAST)
+    mask = (some_h < hidden)[:, None] & (columns < P)[None, :]
+    return tl.load(dreduced + n * hidden * P + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _finish_dx(
+    grad,
+    dout,
+    channel,
+    spatial,
+    dpooled,
+    dx,
+    n,
+    rows,
+    columns,
+    C,
+    P,
+    dout_stride_n,
+    dout_stride_outer,
+    dx_stride_n,
+    dx_stride_outer,
+    ALIGN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    COMBINE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Add the pool's and the gate's terms to `grad`, which holds W0^T dreduced, and store dx."""
+    in_c = rows < C
+    in_p = columns < P
+    mask = in_c[:, None] & in_p[None, :]
+    if dpooled is not None:
+        dp = tl.load(dpooled + n * C + rows, mask=in_c, other=0.0).to(ACC)
+        grad += (dp / P.to(ACC))[:, None]
+    if dout is not None:
+        at_dout = map_offsets(rows, columns, dout_stride_outer, ALIGN, CHANNELS_LAST)
+        g = tl.load(dout + n * dout_stride_n * ALIGN + at_dout, mask=mask, other=0.0)
+        g = g.to(ACC)
+        c = None
+        s = None
+        if channel is not None:
+            c = tl.load(channel + n * C + rows, mask=in_c, other=0.0).to(ACC)[:, None]
+        if spatial is not None:
+            s = tl.load(spatial + n * P + columns, mask=in_p, other=0.0).to(ACC)[None, :]
+        grad += g * attention_map(c, s, COMBINE)
+        if RESIDUAL:
+            grad += g
+    at_dx = map_offsets(rows, columns, dx_stride_outer, ALIGN, CHANNELS_LAST)
+    tl.store(dx + n * dx_stride_n * ALIGN + at_dx, narrow(grad, dx.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _input_gradient_kernel(
     dout,
@@ -82,11 +147,14 @@ def _input_gradient_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
     HIDDEN_BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One program: BLOCK_C channels, walking over its split of the (sample, position tile) pairs.
 
-    dW0's block stays in registers over the walk, so its partials number splits, not tiles. Grid:
-    (channel blocks x splits, hidden blocks). Hidden block 0 writes dx; each writes its rows of dW0.
+    dW0's block stays in registers over the walk, so its partials number splits, not tiles; so does
+    W0's where there is one hidden block, and dreduced is then loaded once a step for both products.
+    Grid: (channel blocks x splits, hidden blocks): neighbours share dreduced. Hidden block 0 writes
+    dx; each writes its rows of dW0.
     """
     inner = inner_units * ALIGN
     C = inner if CHANNELS_LAST else outer
@@ -97,66 +165,53 @@ def _input_gradient_kernel(
     hidden_block = tl.program_id(1)
     rows = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = rows < C
-    own_h = hidden_block * BLOCK_H + tl.arange(0, BLOCK_H)
-    hidden_stride = hidden if CHANNELS_LAST else P
+    own_h = tl.arange(0, BLOCK_H)
+    if HIDDEN_BLOCKS > 1:
+        own_h += hidden_block * BLOCK_H
 
+    w = None
+    if HIDDEN_BLOCKS == 1 and weight is not None and dx is not None:
+        w = _load_weight(weight, rows, own_h, C, hidden)
     dw = tl.zeros((BLOCK_H, BLOCK_C), ACC)
     db = tl.zeros((BLOCK_H,), ACC)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tiles)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         n = (tile // position_tiles).to(tl.int64)
         columns = (tile % position_tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-        in_p = columns < P
-        mask = in_c[:, None] & in_p[None, :]
 
+        dr = None
+        if dweight is not None or w is not None:
+            dr = _load_reduced(dreduced, n, columns, own_h, P, hidden, CHANNELS_LAST)
         if dweight is not None:
-            at = map_offsets(own_h, columns, hidden_stride, 1, CHANNELS_LAST) + n * hidden * P
-            in_hp = (own_h < hidden)[:, None] & in_p[None, :]
-            dr = tl.load(dreduced + at, mask=in_hp, other=0.0)
             at_x = map_offsets(rows, columns, x_stride_outer, ALIGN, CHANNELS_LAST)
+            mask = in_c[:, None] & (columns < P)[None, :]
             value = tl.load(x + n * x_stride_n * ALIGN + at_x, mask=mask, other=0.0)
             dw = dot(dr, tl.trans(value), dw, PRECISION)
             if dbias is not None:
                 db += tl.sum(dr.to(ACC), axis=1)
 
         if dx is not None:
-            if hidden_block == 0:
-                grad = tl.zeros((BLOCK_C, BLOCK_P), ACC)
+            grad = tl.zeros((BLOCK_C, BLOCK_P), ACC)
+            if HIDDEN_BLOCKS == 1:  # no branch at run time, so that the loads can be prefetched
                 if weight is not None:
-                    for block in tl.static_range(HIDDEN_BLOCKS):
-                        some_h = block * BLOCK_H + tl.arange(0, BLOCK_H)
-                        at = map_offsets(some_h, columns, hidden_stride, 1, CHANNELS_LAST)
-                        in_hp = (some_h < hidden)[:, None] & in_p[None, :]
-                        dr = tl.load(dreduced + n * hidden * P + at, mask=in_hp, other=0.0)
-                        w = tl.load(
-                            weight + some_h[None, :] * C + rows[:, None],
-                            mask=(some_h < hidden)[None, :] & in_c[:, None],
-                            other=0.0,
-                        )
-                        grad = dot(w, dr, grad, PRECISION)
-                if dpooled is not None:
-                    dp = tl.load(dpooled + n * C + rows, mask=in_c, other=0.0).to(ACC)
-                    grad += (dp / P.to(ACC))[:, None]
-                if dout is not None:
-                    at_dout = map_offsets(rows, columns, dout_stride_outer, ALIGN, CHANNELS_LAST)
-                    g = tl.load(dout + n * dout_stride_n * ALIGN + at_dout, mask=mask, other=0.0)
-                    g = g.to(ACC)
-                    c = None
-                    s = None
-                    if channel is not None:
-                        c = tl.load(channel + n * C + rows, mask=in_c, other=0.0)
-                        c = c.to(ACC)[:, None]
-                    if spatial is not None:
-                        s = tl.load(spatial + n * P + columns, mask=in_p, other=0.0)
-                        s = s.to(ACC)[None, :]
-                    m = attention_map(c, s, COMBINE)
-                    grad += g * m
-                    if RESIDUAL:
-                        grad += g
-                at_dx = map_offsets(rows, columns, dx_stride_outer, ALIGN, CHANNELS_LAST)
-                dx_n = dx + n * dx_stride_n * ALIGN
-                tl.store(dx_n + at_dx, narrow(grad, dx.dtype.element_ty), mask=mask)
+                    grad = dot(w, dr, grad, PRECISION)
+                _finish_dx(
+                    grad, dout, channel, spatial, dpooled, dx, n, rows, columns, C, P,
+                    dout_stride_n, dout_stride_outer, dx_stride_n, dx_stride_outer,
+                    ALIGN, CHANNELS_LAST, COMBINE, RESIDUAL, ACC,
+                )  # fmt: skip
+            elif hidden_block == 0:
+                for block in tl.static_range(HIDDEN_BLOCKS):
+                    some_h = block * BLOCK_H + tl.arange(0, BLOCK_H)
+                    part = _load_reduced(dreduced, n, columns, some_h, P, hidden, CHANNELS_LAST)
+                    some_w = _load_weight(weight, rows, some_h, C, hidden)
+                    grad = dot(some_w, part, grad, PRECISION)
+                _finish_dx(
+                    grad, dout, channel, spatial, dpooled, dx, n, rows, columns, C, P,
+                    dout_stride_n, dout_stride_outer, dx_stride_n, dx_stride_outer,
+                    ALIGN, CHANNELS_LAST, COMBINE, RESIDUAL, ACC,
+                )  # fmt: skip
 
     if dweight is not None:
         at = (split.to(tl.int64) * hidden + own_h)[:, None] * C + rows[None, :]
@@ -200,9 +255,11 @@ def input_gradient(
     hidden_blocks = max(1, cdiv(hidden, block_h))
     position_tiles, channel_blocks = cdiv(w.p, t.block_p), cdiv(w.c, t.block_c)
     tiles = w.n * position_tiles
-    tiles_per_split = cdiv(
-        tiles, configs.split_tiles(tiles, channel_blocks) if need_dweight else tiles
-    )
+    partial_bytes = hidden * w.c * accumulator_dtype(x.dtype).itemsize
+    parts = tiles  # without a partial in each, as many as there are
+    if need_dweight:
+        parts = configs.split_tiles(tiles, channel_blocks, t.num_warps, partial_bytes)
+    tiles_per_split = cdiv(tiles, parts)
     splits = cdiv(tiles, tiles_per_split)
 
     dweight = dbias = x.new_empty(0)
@@ -246,6 +303,7 @@ def input_gradient(
             BLOCK_P=t.block_p,
             BLOCK_H=block_h,
             HIDDEN_BLOCKS=hidden_blocks,
+            STAGES=t.num_stages,
             num_warps=warps(t.num_warps),
             **({} if t.registers is None else registers(t.registers, t.num_warps)),
             num_stages=t.num_stages,
