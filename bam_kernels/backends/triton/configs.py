@@ -345,7 +345,7 @@ def _gate(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Ti
     # 16-byte loads in flight each in half precision. The long side lies along the dense axis.
     if itemsize == 8:
         return Tile(128, 8, 4, 1) if channels_last else Tile(8, 128, 4, 1)
-    return Tile(256, 16, 4, 1) if channels_last else Tile(16, 256, 4, 1)
+    return Tile(128, 32, 8, 1) if channels_last else Tile(32, 64, 4, 1)
 
 
 def _gate_backward_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
@@ -365,9 +365,7 @@ def _pool_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str
     if itemsize == 4:
         # Dots without tensor cores (ieee) keep both operands in registers.
         return Tile(32, 32 if precision == "ieee" and hidden > 32 else 64, 8, 1)
-    if channels_last:  # two stages spill, on sm_90 at 64x128 and on sm_120 at 128x64
-        return Tile(128, 64, 8, 1)
-    return Tile(64, 128, 8 if hidden > 32 else 4, 2)
+    return Tile(128, 128, 4, 1)
 
 
 def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
@@ -382,10 +380,9 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
             if hidden > 32 and not channels_last:
                 return Tile(16, 128, 16, 1)
         return Tile(32, 64, 16, 1)
-    if hidden > 32:
-        return Tile(32, 64, 8, 2)
-    # Left to itself the assembler keeps to fewer registers on some targets, and spills for it.
-    return Tile(64, 64, 16, 1) if hidden > 16 else Tile(64, 64, 8, 1, registers=255)
+    if channels_last:
+        return Tile(64, 32, 4, 2)
+    return Tile(32, 64, 4, 2) if hidden <= 16 else Tile(64, 32, 4, 2)
 
 
 def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:

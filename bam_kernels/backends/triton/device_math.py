@@ -56,6 +56,7 @@ def relu(value):
     return value
 
 
+@triton.jit
 def product(a, b, acc):
     """acc + a @ b with exact products: on tensor cores where both are of one half type, else in
     acc's type and without them."""
