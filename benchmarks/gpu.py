@@ -40,9 +40,10 @@ def parser() -> argparse.ArgumentParser:
         "measure those too; JSON and a table come out.",
         epilog="Sections: environment; matrix, modules of all dtypes, layouts and options against "
         "float64; parity, the test suite; sanitizer, memcheck and racecheck where the tool works; "
-        "bandwidth of a copy; times, fused beside eager; kernels, each alone; profile, where the time "
-        "of a call goes; sweep, over tiles, warps and stages; compile, torch.compile and the sweep's tiles among the peers; tuned, "
-        "the sweep's tiles in the cases that compile left out.",
+        "bandwidth of a copy; times, fused beside eager; kernels, each alone; profile, where the "
+        "time of a call goes; sweep, over tiles, warps and stages; compile, torch.compile and the "
+        "sweep's tiles among the peers; tuned, the sweep's tiles in the cases that compile left "
+        "out.",
     )
     p.add_argument(
         "--output",

@@ -6,6 +6,7 @@ the cost model counts for the same launch (`bam_kernels.benchmarking.cost`).
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,7 +103,7 @@ def by_call(
                 entry["share_of_copy"] = gbs / copy_gbs
         kernels.append(entry)
     starts = [row[0][0] for row in rows]
-    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(starts)]
     return {
         "kernels": kernels,
         "kernels_us": sum(entry["us"] for entry in kernels),
@@ -144,4 +145,5 @@ def lines(data: Mapping[str, Any]) -> Iterator[str]:
         for kernel in entry["kernels"]:
             share = kernel.get("share_of_copy")
             rate = "" if share is None else f"{kernel['bytes'] / 1e6:9.2f} MB {share:6.2f}"
-            yield f"  {kernel['us']:9.2f} us {rate:<20} {kernel['name'][:60]} {kernel.get('grid', '')}"
+            name = f"{kernel['name'][:60]} {kernel.get('grid', '')}"
+            yield f"  {kernel['us']:9.2f} us {rate:<20} {name}"

@@ -123,10 +123,12 @@ def summary_lines(data: Mapping[str, Any]) -> list[str]:
     room = SUMMARY_LINES - len(head) - len(tail) - 2
     if len(rows) > room:
         rows = [*rows[: room - 1], f"... {len(rows) - room + 1} more rows in the JSON"]
-    large = data.get("bandwidth", {}).get("large", {})
-    if large:
-        gbs = number(large.get("gbs"), 0, 1)
-        head.append(f"copy of {large['bytes']} bytes: {gbs} GB/s read + written")
+    bandwidth = data.get("bandwidth", {})
+    copy = bandwidth.get("best") or bandwidth.get("large")
+    if copy:
+        gbs = number(copy.get("gbs"), 0, 1)
+        method = f" by {copy['method']}" if "method" in copy else ""
+        head.append(f"copy of {copy['bytes']} bytes{method}: {gbs} GB/s read + written")
     return [*head, *rows, *tail]
 
 

@@ -154,7 +154,10 @@ def test_opcheck_update_running(device, seed):
 def check_derivatives(function, *arguments):
     # Fast mode: one random projection in place of every element, since each takes a launch.
     assert gradcheck(function, arguments, fast_mode=True)
-    assert gradgradcheck(function, arguments, fast_mode=True)
+    # The second derivatives are PyTorch's own operators; on a GPU those of convolutions may sum in
+    # another order each time. Ours are the first, above: the same bits.
+    on_cpu = arguments[0].device.type == "cpu"
+    assert gradgradcheck(function, arguments, fast_mode=True, nondet_tol=0.0 if on_cpu else 1e-9)
 
 
 @pytest.mark.parametrize("residual", (True, False))

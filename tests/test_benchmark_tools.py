@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bam_kernels.benchmarking import sites, timing
+from bam_kernels.benchmarking.gpu import bandwidth
 from bam_kernels.benchmarking.gpu import peers as gpu_peers
 from bam_kernels.benchmarking.gpu import report as gpu_report
 
@@ -190,10 +191,63 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path):
 
 def test_estimate_follows_the_last_pieces():
     estimate = gpu_report.Estimate(8.0)
-    assert estimate.next() == 8.0
-    for seconds in (20.0, 1.0, 2.0, 1.0, 1.0):
+    expected = (8.0, 20.0, 1.5, 2.25, 3.0, 3.0, 4.5)
+    for known, seconds in zip(expected, (20.0, 1.0, 2.0, 9.0, 2.0, 4.0, 3.0), strict=True):
+        assert estimate.next() == pytest.approx(known)  # neither the first nor one straggler counts
         estimate.add(seconds)
-    assert estimate.next() == pytest.approx(2.5)
+
+
+def test_copy_is_the_fastest_of_all_ways(monkeypatch):
+    """Of the methods at a size, and of all sizes; what failed is told and does not count."""
+    settings = gpu_peers.Settings(torch.device("cpu"), None, 1, 0, 0.0, "eager", True)
+    times = {"copy_": {"median_ms": 4.0}, "neg": {"median_ms": 2.0}}
+    seen = []
+
+    def interleave(peers, *_, **__):
+        for peer in peers.values():
+            peer.run()
+        seen.append({name: peer.calls for name, peer in peers.items()})
+        return {name: dict(times[name]) for name in peers}
+
+    monkeypatch.setattr(bandwidth, "interleave", interleave)
+    large = bandwidth.measure_copy(1 << 20, 3, settings)
+    assert seen == [{"copy_": 3, "neg": 3}]
+    assert large["method"] == "neg" and large["gbs"] == pytest.approx((2 << 20) / 2e-3 / 1e9)
+    assert large["methods"]["copy_"]["gbs"] == pytest.approx(large["gbs"] / 2)
+    times["neg"] = {"error": "RuntimeError: no"}
+    assert bandwidth.measure_copy(1 << 20, 1, settings)["method"] == "copy_"
+    times["copy_"] = {"error": "RuntimeError: neither"}
+    failed = bandwidth.measure_copy(1 << 20, 1, settings)
+    assert "gbs" not in failed and bandwidth.fastest([failed, {}]) is None
+    small = {"bytes": 9, "method": "copy_", "gbs": 1e9}
+    assert bandwidth.fastest([failed, large, small]) == small
+
+
+def test_ways_to_copy_read_and_write_everything():
+    source = torch.arange(1.0, 100.0, dtype=torch.float16)
+    for name, way in bandwidth.WAYS.items():
+        target = torch.zeros_like(source)
+        way(source, target)
+        assert torch.equal(target.abs(), source), name
+
+
+def test_shares_are_of_the_fastest_copy(tmp_path, monkeypatch):
+    """A small copy that is faster than the large one is the ceiling."""
+    settings = gpu_peers.Settings(torch.device("cpu"), None, 1, 0, 0.0, "eager", True)
+    report = gpu_report.Report(tmp_path / "r.json", {})
+    section = gpu_report.Budget(60.0, ["bandwidth"], report).section("bandwidth")
+    monkeypatch.setattr(
+        bandwidth, "measure_copy",
+        lambda size, *_: {"bytes": size, "method": "neg", "gbs": 2e6 / size},
+    )  # fmt: skip
+    shapes = [sites.Shape(sites.RESNET50[1], n, "float16", sites.NCHW) for n in (1, 2)]
+    found = bandwidth.run_bandwidth(shapes, settings, section, report)
+    smallest = min(shape.x_bytes for shape in shapes)
+    assert smallest < bandwidth.SMALL_BYTES
+    assert found == 2e6 / smallest
+    assert report.data["bandwidth"]["best"] == {"bytes": smallest, "method": "neg", "gbs": found}
+    (line,) = [line for line in gpu_table.summary_lines(report.data) if line.startswith("copy of")]
+    assert line == f"copy of {smallest} bytes by neg: {found:.0f} GB/s read + written"
 
 
 def test_report_is_whole_json_whatever_it_holds(tmp_path):
@@ -504,6 +558,8 @@ def test_smoke_run_fills_the_whole_report(tmp_path):
     assert parity["counted_by"] == "xml"
     assert "one is not two" in parity["failures"][0]["message"]
     assert data["bandwidth"]["large"]["gbs"] > 0
+    rates = [copy["gbs"] for copy in (data["bandwidth"]["large"], *data["bandwidth"]["sizes"])]
+    assert data["bandwidth"]["best"]["gbs"] == max(rates)
     assert {entry["case"]["mode"] for entry in data["cases"]} == {"training", "inference"}
     for entry in data["cases"]:
         assert entry["spot_check"]["ok"], entry["spot_check"]

@@ -280,6 +280,7 @@ def metered(**options: object) -> Iterator[Callable[[Callable], tuple[Moved, obj
         yield run
 
 
+@on_cpu
 def test_the_meter_sees_generated_kernels():
     """A pointwise function and a copy to another layout, on inductor: two passes each."""
     x = torch.randn(2, 16, 6, 6)

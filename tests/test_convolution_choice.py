@@ -167,6 +167,7 @@ def test_the_gpu_run_measures_what_is_not_taken(on_gpu, ieee, large_tiles, mode,
     settings = peers.Settings(device, None, 1, 0, 0.0, "eager", True)
     with use_backend("triton"):
         entry = peers.measure_case(case, settings, lambda: False)
-    assert set(entry["peers"]) == {"fused", "eager", other}
+    called = {name for name in entry["peers"] if not name.endswith("_graphed")}
+    assert called == {"fused", "eager", other}
     times = {name: peer["median_ms"] for name, peer in entry["peers"].items()}
     assert entry["ratio_convolutions"] == pytest.approx(times[other] / times["fused"])

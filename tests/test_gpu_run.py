@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import types
 from collections import Counter
 from pathlib import Path
@@ -411,6 +412,18 @@ def test_phases_end_when_the_budget_says(tmp_path, monkeypatch):
     run._parity()
     (*_, last) = run.report.data["left_out"]
     assert last["section"] == "parity"
+
+
+def test_the_noisy_phase_ends_with_its_jobs(tmp_path, monkeypatch):
+    """Not when its time is up: whatever is measured next has what is left."""
+    run, _, _ = fake_run(tmp_path, monkeypatch, "--budget", "4000")
+    jobs = [gpu_pool.Job("matrix", n, ("time:sleep", (0.1,))) for n in range(3)]
+    run.pool = pool = gpu_pool.Pool(jobs, 1)
+    monkeypatch.setattr(run, "_report_matrix", lambda pool: None)
+    begin = time.monotonic()
+    run._stop_pool()
+    assert time.monotonic() - begin < 300 < run._noisy_seconds()
+    assert len(pool.outcomes("matrix")) == 3 and run.pool is None
 
 
 @pytest.mark.parametrize(

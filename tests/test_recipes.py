@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import pickle
@@ -221,20 +222,72 @@ def test_cifar100_is_cropped_flipped_and_normalised(seed, tmp_path, monkeypatch)
     assert {flipped for _, _, flipped in seen} == {False, True} and len(seen) > 10
 
 
-def test_textures_are_standardised_and_share_no_pixel():
+def test_textures_are_standardised_and_share_no_pixel(seed):
     from bam_kernels.recipes import textures
 
     found = data.load("textures", None)
     assert found.num_classes == len(textures.CLASSES) == 17
-    image, target = found.train[500]
-    assert image.shape == (1, 24, 24) and target == 500 // textures.TRAIN_PATCHES
-    assert abs(image.mean()) < 1e-5 and abs(image.std() - 1) < 1e-4
+    flat = []
+    for part, per_class in ((found.train, 96), (found.test, 48)):
+        assert len(part) == 17 * per_class
+        flat.append(0)
+        for k in range(len(part)):
+            patch, target = part[k]
+            assert patch.shape == (1, 24, 24) and target == k // per_class
+            assert abs(patch.mean()) < 1e-4
+            if patch.std() < 1 - 1e-4:  # at the floor: the steps of the pixels' 255 tell
+                flat[-1] += 1
+                steps = (patch - patch.min()) * (textures.LEAST_DEVIATION * 255)
+                assert (steps - steps.round()).abs().max() < 1e-2
+            else:
+                assert abs(patch.std() - 1) < 1e-4
+    assert 0.1 < flat[0] / len(found.train) < 0.3 and 140 <= flat[1] <= 160
     patches = [found.test[k][0] for k in range(len(found.test))]
     assert all(torch.equal(patches[k], found.test[k][0]) for k in range(0, 800, 50))
     assert len({patch.numpy().tobytes() for patch in patches}) == len(patches) == 17 * 48
     photo = torch.arange(3 * 64 * 5 * 64, dtype=torch.float32).reshape(1, 3 * 64, 5 * 64)
     dark, light = (set(textures._tiles(photo, colour).flatten().tolist()) for colour in (0, 1))
     assert not dark & light and len(dark | light) == photo.numel()
+
+
+PHOTOGRAPHS = {
+    "astronaut": (512, 512, 115.40, 75.12, "f98a00b3351f8ba2"),
+    "brick": (512, 512, 111.46, 26.05, "664a145c5253f0d6"),
+    "camera": (512, 512, 129.06, 73.64, "5cb24482a53416f9"),
+    "cell": (512, 512, 68.15, 27.82, "9df644d089f5aabb"),
+    "chelsea": (300, 451, 119.48, 32.12, "cd822d0a5b86379f"),
+    "coffee": (400, 512, 100.82, 59.21, "7728c27f1c740209"),
+    "coins": (303, 384, 96.86, 52.88, "e080cc03805f1fa7"),
+    "grass": (512, 512, 118.22, 38.59, "b18dae4c68bf850a"),
+    "gravel": (512, 512, 126.55, 38.72, "3d51ad45f789cd8b"),
+    "hubble_deep_field": (512, 512, 19.41, 26.68, ""),
+    "ihc": (512, 512, 163.21, 47.30, "fd48ca0459de8527"),
+    "moon": (512, 512, 112.17, 13.33, "a20362266d5b0102"),
+    "motorcycle_left": (500, 512, 116.62, 58.58, "62622e79e7ef6238"),
+    "retina": (512, 512, 124.09, 10.94, ""),
+    "rocket": (427, 512, 64.86, 30.78, ""),
+    "china": (427, 512, 146.20, 82.48, ""),
+    "flower": (427, 512, 71.22, 57.26, ""),
+}  # fmt: skip
+"""By name the size, mean and standard deviation in grey levels, and the start of a PNG's SHA-256,
+as scikit-image 0.22 to 0.26 and scikit-learn 1.9 ship them and Pillow 10 to 13 reads them."""
+
+
+def test_textures_are_of_the_photographs_that_were_studied():
+    """benchmarks/results/study-textures.json rests on them; another version may ship others."""
+    from bam_kernels.recipes import textures
+
+    photos = dict(zip(textures.CLASSES, textures._photographs(), strict=True))
+    assert list(photos) == list(PHOTOGRAPHS)
+    for name, photo in photos.items():
+        height, width, mean, deviation, digest = PHOTOGRAPHS[name]
+        levels = (photo * 255).double()
+        assert photo.shape == (1, height, width), name
+        assert abs(levels.mean() - mean) < 0.1 and abs(levels.std() - deviation) < 0.1, name
+        assert (levels - levels.round()).abs().max() < 1e-4
+        if f"{name}.png" in textures.SKIMAGE:  # a JPEG's decoder is free to round as it likes
+            pixels = levels.round().to(torch.uint8).numpy().tobytes()
+            assert hashlib.sha256(pixels).hexdigest().startswith(digest), name
 
 
 # --- train and evaluate -----------------------------------------------------------------------

@@ -105,13 +105,20 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         task = progress.add_task("the device's limits", total=len(cases) + 1)
         nbytes = bandwidth.SMALL_BYTES if options.smoke else bandwidth.LARGE_BYTES
         large = bandwidth.measure_copy(nbytes, 2, settings)
-        result["bandwidth"] = {"counted": "bytes read + bytes written", "large": large}
-        settings = dataclasses.replace(settings, copy_gbs=large["gbs"])
+        smaller = bandwidth.measure_copy(nbytes // 4, 2, settings)
+        best = bandwidth.fastest((large, smaller))
+        if best is None:
+            raise RuntimeError(f"{device}: no copy could be timed: {large.get('error')}")
+        result["bandwidth"] = {
+            "counted": "bytes read + bytes written", "large": large, "sizes": [smaller],
+            "best": best,
+        }  # fmt: skip
+        settings = dataclasses.replace(settings, copy_gbs=best["gbs"])
         result["limits"] = {
             "matmul_gflops": {
                 dtype: bandwidth.matmul_gflops(dtype, settings) for dtype in options.dtypes
             },
-            "copy_gigabytes_per_second": {"large": large["gbs"]},
+            "copy_gigabytes_per_second": {"large": best["gbs"]},
         }
         progress.advance(task)
         result["cases"] = []

@@ -51,7 +51,7 @@ class Settings:
 
     Args:
         device: to measure on.
-        copy_gbs: the large copy's bandwidth in 10^9 bytes a second, or None if it is not known.
+        copy_gbs: the fastest copy's bandwidth in 10^9 bytes a second, or None if it is not known.
         rounds: times taken of each peer.
         warmups: untimed runs before.
         least_ms: a measurement lasts about this long.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -137,6 +138,9 @@ class Section:
 class Estimate:
     """What the next piece of work will take, from the last ones.
 
+    The first of a process imports and compiles what the others find done: it counts only as long as
+    there is no other.
+
     Args:
         first: seconds, before anything is known.
     """
@@ -150,5 +154,7 @@ class Estimate:
         self.seen.append(seconds)
 
     def next(self) -> float:
-        """Seconds: somewhat more than the longest of the last four."""
-        return 1.25 * max(self.seen[-4:]) if self.seen else self.first
+        """Seconds: half as much again as the median of the last four; after the first piece, no
+        longer than that one took."""
+        last = self.seen[1:][-4:]
+        return 1.5 * statistics.median(last) if last else (self.seen or [self.first])[0]
