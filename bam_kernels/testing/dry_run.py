@@ -33,6 +33,7 @@ _WRITTEN: dict[str, frozenset[str]] = {
     kernel: frozenset(names.split())
     for kernel, names in {
         "_channel_mlp_backward_first_kernel": "dbias0 dhidden_beta dhidden_gamma dpooled dweight0",
+        "_activate_kernel": "out statistics",
         "_channel_mlp_backward_in_kernel": ("dbias0 dhidden_beta dhidden_gamma dpooled dweight0"),
         "_channel_mlp_backward_norm_kernel": "dbeta dgamma dout",
         "_channel_mlp_backward_out_kernel": "dactive dbeta dbias1 dgamma dweight1",

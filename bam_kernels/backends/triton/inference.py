@@ -107,6 +107,7 @@ def _conv_mlp_kernel(
     BLOCK_T: tl.constexpr,
     TAPS: tl.constexpr,
     USED: tl.constexpr,
+    WRAPS: tl.constexpr,
     MLP: tl.constexpr,
     MLP_HIDDEN_NORM: tl.constexpr,
     MLP_HIDDEN_EPS: tl.constexpr,
@@ -135,7 +136,7 @@ def _conv_mlp_kernel(
             gamma, beta, None, next_mean, next_variance, next_gamma, next_beta, project_weight,
             project_bias, logits, None, None, None, final_mean, final_variance, final_gamma,
             final_beta, H, W, positions, total, 0, 0, 0, hidden, DILATION, EPS, NEXT_EPS, FINAL_EPS,
-            PRECISION, ACC, BLOCK_P, BLOCK_H, BLOCK_K, BLOCK_T, TAPS, USED, SPLITS, DTYPE,
+            PRECISION, ACC, BLOCK_P, BLOCK_H, BLOCK_K, BLOCK_T, TAPS, USED, WRAPS, SPLITS, DTYPE,
         )  # fmt: skip
 
 
@@ -328,6 +329,7 @@ def _launch_conv(
         BLOCK_T=m.block_t,
         TAPS=m.taps[0],
         USED=m.taps[1],
+        WRAPS=m.wraps,
         **(_NO_MLP if mlp is None else mlp.arguments),
         **m.constants(),
     )

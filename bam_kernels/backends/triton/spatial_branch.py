@@ -27,7 +27,9 @@ from bam_kernels.backends.triton.spatial_layout import (
     Map,
     Norm,
     Partials,
+    activate,
     map_of,
+    norm_apart,
     norms_of,
     settle,
     statistics_of,
@@ -37,6 +39,7 @@ from bam_kernels.backends.triton.spatial_math import (
     project,
     tile_offsets,
     tile_positions,
+    tile_start,
 )
 from bam_kernels.backends.triton.spatial_pack import prepare
 
@@ -85,7 +88,7 @@ def _project_kernel(
     )  # fmt: skip
     at = tile_offsets(units, own, hidden)
     mask = in_h[:, None] & in_p[None, :]
-    value = tl.load(source + first * hidden + at, mask=mask, other=0.0).to(ACC)
+    value = tl.load(source + tile_start(first, hidden) + at, mask=mask, other=0.0).to(ACC)
     _, _, _, q = project(value, mu, scale, shift, units, in_h, project_weight, project_bias, ACC)
     finish_logits(
         q, in_p, n_in_tile, pid, count, first + own, logits, logits_partials, dlogits, final_sums,
@@ -206,8 +209,12 @@ def spatial_branch_forward(
             out_partials = m.workspace(2, m.count, m.hidden) if takes_stats else None
             after = projection | norm_arguments(following, "next_")
             after["NEXT_EPS"] = 0.0 if following is None else following.eps
+            norm_before = hidden[i]
+            if norm_apart(m, norm_before):
+                source = activate(m, source, norm_before, partials, rows[i])
+                norm_before = partials = None
             launch_conv(
-                m, source, weight, biases[i] if biases else None, dilation, hidden[i], partials,
+                m, source, weight, biases[i] if biases else None, dilation, norm_before, partials,
                 rows[i], out, out_partials, after if projected else None,
             )  # fmt: skip
             source = out

@@ -31,7 +31,9 @@ from bam_kernels.backends.triton.spatial_conv_backward import (
 from bam_kernels.backends.triton.spatial_layout import (
     Map,
     Norm,
+    activate,
     map_of,
+    norm_apart,
     norms_of,
     settle,
 )
@@ -44,6 +46,7 @@ from bam_kernels.backends.triton.spatial_math import (
     store_sums,
     tile_offsets,
     tile_positions,
+    tile_start,
 )
 from bam_kernels.backends.triton.spatial_pack import prepare
 from bam_kernels.backends.triton.sum_splits import Job, sum_splits, tall_job
@@ -94,7 +97,7 @@ def _project_backward_kernel(
     mask = in_h[:, None] & in_p[None, :]
     mu, rstd, scale, shift = affine(mean, variance, gamma, beta, units, in_h, EPS, ACC, BLOCK_H)
     at = tile_offsets(units, own, hidden)
-    value = tl.load(z + first * hidden + at, mask=mask, other=0.0).to(ACC)
+    value = tl.load(z + tile_start(first, hidden) + at, mask=mask, other=0.0).to(ACC)
     u, active, weight, q = project(
         value, mu, scale, shift, units, in_h, project_weight, project_bias, ACC
     )
@@ -162,9 +165,9 @@ def _norm_backward_kernel(
     if dz is not None:
         mask = in_h[:, None] & in_p[None, :]
         if z is not None:
-            z += first * hidden
+            z += tile_start(first, hidden)
         grad = load_gradient(
-            du + first * hidden, z, tile_offsets(units, own, hidden), mask, mu, rstd, scale,
+            du + tile_start(first, hidden), z, tile_offsets(units, own, hidden), mask, mu, rstd, scale,
             dbeta / total.to(ACC), dgamma / total.to(ACC), True, BATCH_STATS, ACC,
         )  # fmt: skip
         rounded = narrow(grad, dz.dtype.element_ty)
@@ -183,20 +186,23 @@ def _recompute(
     final: Norm | None,
     projection: dict[str, object],
     dilation: int,
-) -> list[Tensor]:
-    """The maps in front of each hidden norm, from known statistics; `projection` with the last."""
-    maps = [reduced]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The maps in front of each hidden norm, from known statistics, and behind it where that is
+    made apart; `projection` with the last."""
+    maps, actives = [reduced], []
     for i, weight in enumerate(weights):
         out = m.empty()
         last = i == len(weights) - 1 and final is not None
+        apart = norm_apart(m, hidden[i])
+        actives.append(activate(m, maps[-1], hidden[i], None, None) if apart else None)
         launch_conv(
-            m, maps[-1], weight, biases[i] if biases else None, dilation, hidden[i], None, None,
-            out, None, projection if last else None,
+            m, actives[-1] if apart else maps[-1], weight, biases[i] if biases else None, dilation,
+            None if apart else hidden[i], None, None, out, None, projection if last else None,
         )  # fmt: skip
         maps.append(out)
     if not len(weights) and final is not None:
         launch_project(m, reduced, hidden[-1], None, None, projection)
-    return maps
+    return maps, actives
 
 
 @replayed
@@ -255,7 +261,7 @@ def spatial_branch_backward(
         # The last of the maps' gradients lies as the reduction does.
         in_place = not reduced.is_contiguous()
         source, packed = prepare(m, reduced, weights)
-        maps = _recompute(m, source, packed, biases, hidden, final, projection, dilation)
+        maps, actives = _recompute(m, source, packed, biases, hidden, final, projection, dilation)
         du = m.empty(in_place or bool(weights) or hidden[0] is not None)
         sums = _sums(m, hidden[-1])
         dproject = m.workspace(m.count, m.hidden + 1)
@@ -287,15 +293,20 @@ def spatial_branch_backward(
             **m.constants(),
         )
         for i in reversed(range(len(weights))):
-            settled = None if sums is None else settle(sums, m, m.hidden, centred=False)
             needed = i > 0 or need_reduced or hidden[0] is not None
-            if not (needed or dconvs is not None or settled is not None):
+            if not (needed or dconvs is not None or sums is not None):
                 continue
+            norm_behind, settled = hidden[i + 1], None
+            if norm_apart(m, norm_behind) and (needed or dconvs is not None):
+                du = _norm_backward(m, du, maps[i + 1], sums, norm_behind, dtaken[i + 1], True, True)
+                norm_behind = None
+            elif sums is not None:
+                settled = settle(sums, m, m.hidden, centred=False)
             source_sums = _sums(m, hidden[i]) if needed else None
             dsource = m.empty(in_place or i > 0 or hidden[0] is not None) if needed else None
             launch_conv_backward(
-                m, du, maps[i + 1], settled, dtaken[i + 1], hidden[i + 1], packed[i], maps[i],
-                hidden[i], dsource, source_sums,
+                m, du, maps[i + 1], settled, dtaken[i + 1], norm_behind, packed[i], maps[i],
+                hidden[i], dsource, source_sums, actives[i],
                 None if dconvs is None else dconvs[:, i * length : (i + 1) * length],
                 tiles_per_split, splits,
                 dilation,

@@ -25,6 +25,7 @@ from bam_kernels.backends.triton.spatial_math import (
     tile_coordinates,
     tile_offsets,
     tile_positions,
+    tile_start,
     total_of,
 )
 
@@ -173,6 +174,7 @@ def conv_tile(
     BLOCK_T: tl.constexpr,
     TAPS: tl.constexpr,
     USED: tl.constexpr,
+    WRAPS: tl.constexpr,
     SPLITS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -183,12 +185,12 @@ def conv_tile(
     added up with `source_bias` and rounded to DTYPE, the maps' type.
     """
     first, own, in_p, n_in_tile = tile_positions(pid, total, BLOCK_P)
-    row, column = tile_coordinates(first, own, positions, W)
+    row, column = tile_coordinates(first, own, positions, W, WRAPS)
     units = tl.arange(0, BLOCK_H)
     in_h = units < hidden
     NORM: tl.constexpr = partials is not None or mean is not None
-    source += first * hidden
-    part_stride = (first * 0 + total) * hidden
+    source += tile_start(first, hidden)
+    part_stride = tile_start(total, hidden)
     side = tl.arange(0, TAPS * BLOCK_K)
     lane = side // BLOCK_K
 
@@ -215,7 +217,7 @@ def conv_tile(
     rounded = narrow(acc, DTYPE)
     mask = in_h[:, None] & in_p[None, :]
     if out is not None:
-        tl.store(out + first * hidden + tile_offsets(units, own, hidden), rounded, mask=mask)
+        tl.store(out + tile_start(first, hidden) + tile_offsets(units, own, hidden), rounded, mask=mask)
     value = rounded.to(ACC)
     if out_partials is not None:
         store_statistics(value, mask, n_in_tile, out_partials, pid, count, units, in_h, hidden, ACC)
@@ -282,6 +284,7 @@ def _dilated_conv_kernel(
     BLOCK_T: tl.constexpr,
     TAPS: tl.constexpr,
     USED: tl.constexpr,
+    WRAPS: tl.constexpr,
 ):
     """One program: every output channel of BLOCK_P positions. Grid: tiles."""
     conv_tile(
@@ -290,7 +293,7 @@ def _dilated_conv_kernel(
         project_weight, project_bias, logits, logits_partials, dlogits, final_sums, final_mean,
         final_variance, final_gamma, final_beta, H, W, positions, total, count, partial_count,
         partial_block, hidden, DILATION, EPS, NEXT_EPS, FINAL_EPS, PRECISION, ACC, BLOCK_P,
-        BLOCK_H, BLOCK_K, BLOCK_T, TAPS, USED, 1, source.dtype.element_ty,
+        BLOCK_H, BLOCK_K, BLOCK_T, TAPS, USED, WRAPS, 1, source.dtype.element_ty,
     )  # fmt: skip
 
 
@@ -363,6 +366,7 @@ def conv_arguments(
         "BLOCK_T": max(16, m.block_t // m.taps[0]),
         "TAPS": m.taps[0],
         "USED": m.taps[1],
+        "WRAPS": m.wraps,
         **m.sizes(),
         **(NO_PARTIALS if partials is None else partials.arguments()),
         **arguments,

@@ -25,6 +25,7 @@ from bam_kernels.backends.triton.spatial_math import (
     tile_coordinates,
     tile_offsets,
     tile_positions,
+    tile_start,
 )
 
 
@@ -135,17 +136,18 @@ def _conv_input_gradient(
     BLOCK_T: tl.constexpr,
     TAPS: tl.constexpr,
     USED: tl.constexpr,
+    WRAPS: tl.constexpr,
 ):
     """One tile of the gradient behind the norm of the convolution's input, masked by its ReLU."""
     first, own, in_p, _ = tile_positions(pid, total, BLOCK_P)
-    row, column = tile_coordinates(first, own, positions, W)
+    row, column = tile_coordinates(first, own, positions, W, WRAPS)
     units = tl.arange(0, BLOCK_H)
     in_h = units < hidden
     DTYPE: tl.constexpr = du.dtype.element_ty
     NORM: tl.constexpr = mean is not None
-    du += first * hidden
+    du += tile_start(first, hidden)
     if z is not None:
-        z += first * hidden
+        z += tile_start(first, hidden)
     side = tl.arange(0, TAPS * BLOCK_K)
     lane = side // BLOCK_K
     acc = tl.zeros((BLOCK_H, BLOCK_P), ACC)
@@ -170,7 +172,7 @@ def _conv_input_gradient(
             acc = dot(tl.trans(w), narrow(grad, DTYPE), acc, PRECISION)
     mask = in_h[:, None] & in_p[None, :]
     at = tile_offsets(units, own, hidden)
-    value = tl.load(source + first * hidden + at, mask=mask, other=0.0).to(ACC)
+    value = tl.load(source + tile_start(first, hidden) + at, mask=mask, other=0.0).to(ACC)
     source_mu, source_rstd, source_scale, source_shift = affine(
         source_mean, source_variance, source_gamma, source_beta, units, in_h, SOURCE_EPS, ACC,
         BLOCK_H,
@@ -205,6 +207,7 @@ def _conv_weight_gradient(
     source_variance,
     source_gamma,
     source_beta,
+    active,
     dweight,
     dbias_at,
     H,
@@ -227,6 +230,7 @@ def _conv_weight_gradient(
     BLOCK_T: tl.constexpr,
     TAPS: tl.constexpr,
     USED: tl.constexpr,
+    WRAPS: tl.constexpr,
 ):
     """Some taps, one block of input channels and one split of the tiles: a partial of dW and db."""
     step = pid % (9 // USED)
@@ -242,7 +246,10 @@ def _conv_weight_gradient(
     in_k = (ins < hidden) & (lane < USED)
     DTYPE: tl.constexpr = du.dtype.element_ty
     NORM: tl.constexpr = mean is not None
-    SOURCE_NORM: tl.constexpr = source_mean is not None
+    SOURCE_NORM: tl.constexpr = source_mean is not None and active is None
+    value_of = source
+    if active is not None:
+        value_of = active
     mu, rstd, scale, mean_grad, mean_product = _gradient_vectors(
         sums, sums_count, dnorm, mean, variance, gamma, units, in_h, hidden, writes, total, EPS,
         BATCH_STATS, ACC, BLOCK_H, BLOCK_T,
@@ -256,17 +263,17 @@ def _conv_weight_gradient(
     begin = split * tiles_per_split
     for tile in range(begin, tl.minimum(begin + tiles_per_split, count)):
         first, own, in_p, n_in_tile = tile_positions(tile, total, BLOCK_P)
-        row, column = tile_coordinates(first, own, positions, W)
+        row, column = tile_coordinates(first, own, positions, W, WRAPS)
         z_tile = None
         if z is not None:
-            z_tile = z + first * hidden
+            z_tile = z + tile_start(first, hidden)
         grad = load_gradient(
-            du + first * hidden, z_tile, tile_offsets(units, own, hidden),
+            du + tile_start(first, hidden), z_tile, tile_offsets(units, own, hidden),
             in_h[:, None] & in_p[None, :], mu, rstd, scale, mean_grad, mean_product, NORM,
             BATCH_STATS, ACC,
         )  # fmt: skip
         value = load_taps(
-            source + first * hidden, None, own, in_p, row, column, step, lane, ins, in_k,
+            value_of + tile_start(first, hidden), None, own, in_p, row, column, step, lane, ins, in_k,
             source_mu, source_scale, source_shift, H, W, hidden, 0, SOURCE_NORM, USED, DILATION, 1,
             DTYPE, ACC,
         )  # fmt: skip
@@ -301,6 +308,7 @@ def _dilated_conv_backward_kernel(
     source_beta,
     dsource,
     source_sums,
+    active,
     dweight,
     H,
     W,
@@ -326,6 +334,7 @@ def _dilated_conv_backward_kernel(
     BLOCK_T: tl.constexpr,
     TAPS: tl.constexpr,
     USED: tl.constexpr,
+    WRAPS: tl.constexpr,
     TAPS_T: tl.constexpr,
 ):
     """A dilated convolution between two norms and ReLUs: z = conv(relu(norm(source))).
@@ -339,10 +348,10 @@ def _dilated_conv_backward_kernel(
         if dweight is not None:
             _conv_weight_gradient(
                 pid, du, z, sums, sums_count, dnorm, pid == 0, mean, variance, gamma, source,
-                source_mean, source_variance, source_gamma, source_beta, dweight, dbias_at, H, W,
+                source_mean, source_variance, source_gamma, source_beta, active, dweight, dbias_at, H, W,
                 positions, total, count, tiles_per_split, row_length, hidden, DILATION, EPS,
                 SOURCE_EPS, BATCH_STATS, PRECISION, ACC, BLOCK_P, BLOCK_H, BLOCK_K, BLOCK_T,
-                TAPS, USED,
+                TAPS, USED, WRAPS,
             )  # fmt: skip
     elif dsource is not None:
         _conv_input_gradient(
@@ -350,6 +359,7 @@ def _dilated_conv_backward_kernel(
             source, source_mean, source_variance, source_gamma, source_beta, dsource, source_sums,
             H, W, positions, total, count, hidden, DILATION, EPS, SOURCE_EPS, BATCH_STATS, TURNED,
             PRECISION, ACC, BLOCK_P, BLOCK_H, BLOCK_K, TAPS_T, TAPS, USED,
+            WRAPS,
         )  # fmt: skip
     elif sums is not None:  # frozen on both sides: the norm's own gradients are left
         units = tl.arange(0, BLOCK_H)
@@ -370,12 +380,17 @@ def launch_conv_backward(
     source_norm: Norm | None,
     dsource: Tensor | None,
     source_sums: Tensor | None,
+    active: Tensor | None,
     dconv: Tensor | None,
     tiles_per_split: int,
     splits: int,
     dilation: int,
 ) -> None:
-    """The gradients of one convolution whose weight is packed, [9, h, h]."""
+    """The gradients of one convolution whose weight is packed, [9, h, h].
+
+    `active` is relu(norm(source)) where that was made before; `norm` None says that `du` is the
+    gradient of the convolution's output itself.
+    """
     data_programs = 0 if dsource is None else m.count
     weight_programs = 0 if dconv is None else 9 // m.taps[1] * splits * (m.block_h // m.block_k)
     known = norm_arguments(norm)
@@ -392,6 +407,7 @@ def launch_conv_backward(
         source=source,
         dsource=dsource,
         source_sums=source_sums,
+        active=active,
         dweight=dconv,
         H=m.h,
         W=m.w,
@@ -411,6 +427,7 @@ def launch_conv_backward(
         BLOCK_T=m.block_t,
         TAPS=m.taps[0],
         USED=m.taps[1],
+        WRAPS=m.wraps,
         TAPS_T=max(16, m.block_t // m.taps[0]),
         **m.sizes(),
         **known,

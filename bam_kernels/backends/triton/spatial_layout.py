@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bam_kernels.backends.triton import configs
+from bam_kernels.backends.triton.device_math import narrow, relu
 from bam_kernels.backends.triton.launch import (
     accumulator,
     accumulator_dtype,
@@ -19,11 +20,13 @@ from bam_kernels.backends.triton.launch import (
     registers,
 )
 from bam_kernels.backends.triton.spatial_math import (
+    input_affine,
     merge_statistics,
     merge_sums,
     store_statistics,
     tile_offsets,
     tile_positions,
+    tile_start,
 )
 
 
@@ -45,7 +48,7 @@ def _statistics_kernel(
     in_h = units < hidden
     mask = in_h[:, None] & in_p[None, :]
     at = tile_offsets(units, own, hidden)
-    value = tl.load(source + first * hidden + at, mask=mask, other=0.0).to(ACC)
+    value = tl.load(source + tile_start(first, hidden) + at, mask=mask, other=0.0).to(ACC)
     store_statistics(value, mask, n_in_tile, partials, pid, count, units, in_h, hidden, ACC)
 
 
@@ -86,6 +89,46 @@ def _merge_kernel(
     tl.store(merged + index * hidden + units, first, mask=in_h)
     tl.store(merged + (groups + index) * hidden + units, second, mask=in_h)
 
+
+@triton.jit(do_not_specialize=["total", "count", "partial_count", "partial_block"])
+def _activate_kernel(
+    source,
+    out,
+    partials,
+    statistics,
+    mean,
+    variance,
+    gamma,
+    beta,
+    total,
+    count,
+    partial_count,
+    partial_block,
+    hidden,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """relu(norm(source)), a tile a program."""
+    first, own, in_p, _ = tile_positions(tl.program_id(0), total, BLOCK_P)
+    units = tl.arange(0, BLOCK_H)
+    in_h = units < hidden
+    mu, scale, shift = input_affine(
+        partials, partial_count, partial_block, total, statistics, mean, variance, gamma, beta,
+        units, in_h, hidden, EPS, ACC, BLOCK_H, BLOCK_T,
+    )  # fmt: skip
+    mask = in_h[:, None] & in_p[None, :]
+    at = tile_offsets(units, own, hidden)
+    value = tl.load(source + tile_start(first, hidden) + at, mask=mask, other=0.0).to(ACC)
+    value = relu((value - mu[:, None]) * scale[:, None] + shift[:, None])
+    tl.store(out + tile_start(first, hidden) + at, narrow(value, out.dtype.element_ty), mask=mask)
+
+
+_FEW_TILES = 256
+"""Up to so many, a convolution applies the norm in front of it as it loads, for each of its taps
+anew; beyond, that takes longer than a pass over the map and its launch."""
 
 _MOST_PARTIALS = 128
 """Above this, partials are merged by launches of their own: every consumer reads all of them."""
@@ -130,6 +173,11 @@ class Map:
     def block_k(self) -> int:
         """Hidden channels of a dot's reduction, or of dW's columns, at a time."""
         return min(self.block_h, 64 if self.dtype.itemsize == 2 else 32)
+
+    @property
+    def wraps(self) -> bool:
+        """Whether a tile may be longer than a sample."""
+        return self.positions < self.tile.block_p
 
     @property
     def taps(self) -> tuple[int, int]:
@@ -266,6 +314,37 @@ def _merged(partials: Partials, m: Map, width: int, centred: bool, group: int) -
         CENTRED=centred, ACC=accumulator(m.dtype), BLOCK_H=16, BLOCK_T=64, num_warps=4,
     )  # fmt: skip
     return Partials(merged, groups, partials.block * group)
+
+
+def norm_apart(m: Map, norm: Norm | None) -> bool:
+    """Whether a convolution's norm has a pass of its own."""
+    return norm is not None and m.count > _FEW_TILES
+
+
+def activate(
+    m: Map, source: Tensor, norm: Norm, partials: Partials | None, statistics: Tensor | None
+) -> Tensor:
+    """relu(norm(source)) as a map of its own; with partials their merged statistics are left."""
+    out = m.empty()
+    known = partials is None
+    launch(
+        _activate_kernel,
+        (m.count,),
+        source,
+        out,
+        None if known else partials.data,
+        None if known else statistics,
+        norm.mean if known else None,
+        norm.variance if known else None,
+        norm.gamma,
+        norm.beta,
+        EPS=norm.eps,
+        BLOCK_T=m.block_t,
+        **m.sizes(),
+        **(NO_PARTIALS if known else partials.arguments()),
+        **m.constants(),
+    )
+    return out
 
 
 def statistics_of(m: Map, source: Tensor) -> Partials:

@@ -18,19 +18,33 @@ from bam_kernels.backends.triton.device_math import relu
 def tile_positions(pid, total, BLOCK_P: tl.constexpr):
     """(first position, the tile's own, which of them there are, how many) of tile `pid`.
 
-    The first is a 64-bit scalar, the others [BLOCK_P] of 32 bits, counted from it.
+    The first is a scalar of `total`'s type, the others [BLOCK_P] of 32 bits, counted from it.
     """
-    first = tl.cast(pid, tl.int64) * BLOCK_P  # a loop's index is a plain number to the interpreter
+    first = tl.cast(pid, total.dtype) * BLOCK_P  # a loop's index may be a plain number
     own = tl.arange(0, BLOCK_P)
     count = tl.minimum(total - first, BLOCK_P).to(tl.int32)
     return first, own, own < count, count
 
 
 @triton.jit
-def tile_coordinates(first, own, positions, W):
-    """(row, column) in their samples of positions `own` behind `first`."""
-    p = ((first % positions).to(tl.int32) + own) % positions
-    return p // W, p % W
+def tile_start(first, hidden):
+    """Where a tile begins in a map: 64 bits."""
+    return first.to(tl.int64) * hidden
+
+
+@triton.jit
+def tile_coordinates(first, own, positions, W, WRAPS: tl.constexpr):
+    """(row, column) in their samples of positions `own` behind `first`.
+
+    WRAPS says that a tile may be longer than a sample. Divisions are what this costs.
+    """
+    p = (first % positions).to(tl.int32) + own
+    if WRAPS:
+        p = p % positions
+    else:
+        p = tl.where(p < positions, p, p - positions)
+    row = p // W
+    return row, p - row * W
 
 
 @triton.jit
@@ -44,11 +58,12 @@ def store_map(out, value, first, own, units, mask, positions, hidden, TURNED: tl
     """A tile [units, positions] into a map; TURNED, into one that lies as NCHW."""
     if TURNED:
         p = (first % positions).to(tl.int32) + own
-        n = first // positions + p // positions
+        n = (first // positions + p // positions).to(tl.int64)
         at = n[None, :] * hidden * positions + (p % positions)[None, :]
         tl.store(out + at + units.to(tl.int64)[:, None] * positions, value, mask=mask)
     else:
-        tl.store(out + first * hidden + tile_offsets(units, own, hidden), value, mask=mask)
+        at = tile_offsets(units, own, hidden)
+        tl.store(out + tile_start(first, hidden) + at, value, mask=mask)
 
 
 @triton.jit
@@ -61,9 +76,9 @@ def taps(step, lane, USED: tl.constexpr, DILATION: tl.constexpr):
 @triton.jit
 def tap_mask(row, column, down, right, H, W):
     """Which positions have the taps' neighbours inside of the map: [taps, positions]."""
-    along = row[None, :] + down[:, None]
-    across = column[None, :] + right[:, None]
-    return (along >= 0) & (along < H) & (across >= 0) & (across < W)
+    along = (row[None, :] + down[:, None]).to(tl.uint32)  # what is negative is beyond
+    across = (column[None, :] + right[:, None]).to(tl.uint32)
+    return (along < tl.cast(H, tl.uint32)) & (across < tl.cast(W, tl.uint32))
 
 
 @triton.jit
