@@ -327,11 +327,11 @@ def split_tiles(tiles: int, other_programs: int, num_warps: int, partial_bytes: 
     """Into how many parts the walk over all (sample, tile) pairs is cut in the input gradient.
 
     Each part owns a partial of dW0, of `partial_bytes`: no more of them than 256, or than fill the
-    GPU in small programs, nor than 16 MB of them, a few percent of what the kernel moves at large
+    GPU in small programs, nor than 8 MB of them, a few percent of what the kernel moves at large
     batches; but as many as occupy every multiprocessor.
     """
     most = TARGET_WARPS // num_warps // other_programs
-    most = min(most, 256, (16 << 20) // max(partial_bytes, 1))
+    most = min(most, 256, (8 << 20) // max(partial_bytes, 1))
     return max(1, min(tiles, max(most, -(-TARGET_PROGRAMS // other_programs))))
 
 
@@ -365,7 +365,7 @@ def _pool_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str
     if itemsize == 4:
         # Dots without tensor cores (ieee) keep both operands in registers.
         return Tile(32, 32 if precision == "ieee" and hidden > 32 else 64, 8, 1)
-    return Tile(128, 128, 4, 1)
+    return Tile(128, 64, 8, 1) if hidden > 64 else Tile(128, 128, 4, 1)
 
 
 def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
@@ -380,9 +380,9 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
             if hidden > 32 and not channels_last:
                 return Tile(16, 128, 16, 1)
         return Tile(32, 64, 16, 1)
-    if channels_last:
-        return Tile(64, 32, 4, 2)
-    return Tile(32, 64, 4, 2) if hidden <= 16 else Tile(64, 32, 4, 2)
+    if hidden > 64:
+        return Tile(32, 32, 4, 1)
+    return Tile(64, 64, 4, 1 if channels_last else 2)
 
 
 def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
@@ -391,7 +391,9 @@ def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
     if itemsize == 8:
         return Tile(1, 16, 8, 1) if hidden > 64 else Tile(1, 32, 4, 1)
     if itemsize == 2:
-        return Tile(1, 64, 8, 3) if hidden > 16 else Tile(4, 128, 8, 3)
+        if hidden > 64:
+            return Tile(1, 32, 8, 3)
+        return Tile(1, 64, 4, 3) if hidden > 16 else Tile(1, 128, 4, 3)
     if precision == "ieee" and hidden > 16:
         return Tile(1, 16, 8, 1) if hidden > 32 else Tile(1, 32, 8, 1)
     if hidden > 32:

@@ -16,7 +16,7 @@ from bam_kernels.backends.triton.device_math import narrow
 from bam_kernels.backends.triton.launch import device_guard, launch
 from bam_kernels.backends.triton.replay import replayed
 
-_BLOCK = 64
+_BLOCK = 512
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from bam_kernels.backends.triton.device_math import narrow
 from bam_kernels.backends.triton.launch import cdiv, launch
 
 _BLOCK = 256  # a few kilobytes in all: small blocks spread them over the multiprocessors
-_TALL_BLOCK = 16
+_TALL_BLOCK = 32
 # One behind the other, loads of so many partials take longer than a block's narrow rows do.
 _TALL, _TALL_ELEMENTS = 24, 1 << 17
 # Beyond so many, partials are added in two steps: a program that walks over thousands takes longer
