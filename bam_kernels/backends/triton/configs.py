@@ -365,7 +365,9 @@ def _pool_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str
     if itemsize == 4:
         # Dots without tensor cores (ieee) keep both operands in registers.
         return Tile(32, 32 if precision == "ieee" and hidden > 32 else 64, 8, 1)
-    return Tile(128, 64, 8, 1) if hidden > 64 else Tile(128, 128, 4, 1)
+    if hidden > 64:
+        return Tile(128, 64, 8, 1) if channels_last else Tile(64, 128, 8, 1)
+    return Tile(128, 128, 4, 2 if channels_last and hidden > 32 else 1)
 
 
 def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
@@ -381,7 +383,9 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
                 return Tile(16, 128, 16, 1)
         return Tile(32, 64, 16, 1)
     if hidden > 64:
-        return Tile(32, 32, 4, 1)
+        return Tile(32, 64, 8, 1) if channels_last else Tile(32, 32, 8, 1)
+    if hidden > 32:
+        return Tile(64, 32, 4, 2) if channels_last else Tile(32, 64, 4, 2)
     return Tile(64, 64, 4, 1 if channels_last else 2)
 
 
@@ -391,9 +395,10 @@ def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
     if itemsize == 8:
         return Tile(1, 16, 8, 1) if hidden > 64 else Tile(1, 32, 4, 1)
     if itemsize == 2:
-        if hidden > 64:
-            return Tile(1, 32, 8, 3)
-        return Tile(1, 64, 4, 3) if hidden > 16 else Tile(1, 128, 4, 3)
+        # Fewer registers than the assembler would take, so that more programs run at a time.
+        if hidden > 32:
+            return Tile(1, 32, 4, 2) if hidden > 64 else Tile(1, 64, 4, 3)
+        return Tile(1, 64, 4, 3, 96) if hidden > 16 else Tile(1, 128, 4, 3, 104)
     if precision == "ieee" and hidden > 16:
         return Tile(1, 16, 8, 1) if hidden > 32 else Tile(1, 32, 8, 1)
     if hidden > 32:
