@@ -398,7 +398,7 @@ def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
         # Fewer registers than the assembler would take, so that more programs run at a time.
         if hidden > 32:
             return Tile(1, 32, 4, 2) if hidden > 64 else Tile(1, 64, 4, 3)
-        return Tile(1, 64, 4, 3, 96) if hidden > 16 else Tile(1, 128, 4, 3, 104)
+        return Tile(1, 64, 4, 3, 96 if hidden > 16 else 80)
     if precision == "ieee" and hidden > 16:
         return Tile(1, 16, 8, 1) if hidden > 32 else Tile(1, 32, 8, 1)
     if hidden > 32:

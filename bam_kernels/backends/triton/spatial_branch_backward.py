@@ -298,7 +298,9 @@ def spatial_branch_backward(
                 continue
             norm_behind, settled = hidden[i + 1], None
             if norm_apart(m, norm_behind) and (needed or dconvs is not None):
-                du = _norm_backward(m, du, maps[i + 1], sums, norm_behind, dtaken[i + 1], True, True)
+                du = _norm_backward(
+                    m, du, maps[i + 1], sums, norm_behind, dtaken[i + 1], True, True
+                )
                 norm_behind = None
             elif sums is not None:
                 settled = settle(sums, m, m.hidden, centred=False)

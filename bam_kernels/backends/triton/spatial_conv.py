@@ -217,7 +217,9 @@ def conv_tile(
     rounded = narrow(acc, DTYPE)
     mask = in_h[:, None] & in_p[None, :]
     if out is not None:
-        tl.store(out + tile_start(first, hidden) + tile_offsets(units, own, hidden), rounded, mask=mask)
+        tl.store(
+            out + tile_start(first, hidden) + tile_offsets(units, own, hidden), rounded, mask=mask
+        )
     value = rounded.to(ACC)
     if out_partials is not None:
         store_statistics(value, mask, n_in_tile, out_partials, pid, count, units, in_h, hidden, ACC)
