@@ -167,8 +167,8 @@ def _norm_backward_kernel(
         if z is not None:
             z += tile_start(first, hidden)
         grad = load_gradient(
-            du + tile_start(first, hidden), z, tile_offsets(units, own, hidden), mask, mu, rstd, scale,
-            dbeta / total.to(ACC), dgamma / total.to(ACC), True, BATCH_STATS, ACC,
+            du + tile_start(first, hidden), z, tile_offsets(units, own, hidden), mask, mu, rstd,
+            scale, dbeta / total.to(ACC), dgamma / total.to(ACC), True, BATCH_STATS, ACC,
         )  # fmt: skip
         rounded = narrow(grad, dz.dtype.element_ty)
         store_map(dz, rounded, first, own, units, mask, positions, hidden, TURNED)

@@ -239,7 +239,6 @@ def _conv_weight_gradient(
     split = pid // ((9 // USED) * blocks)
     side = tl.arange(0, TAPS * BLOCK_K)
     lane = side // BLOCK_K
-    down, right = taps(step, lane, USED, DILATION)
     units = tl.arange(0, BLOCK_H)
     in_h = units < hidden
     ins = block * BLOCK_K + side % BLOCK_K
@@ -262,7 +261,7 @@ def _conv_weight_gradient(
     db = tl.zeros((BLOCK_H,), ACC)
     begin = split * tiles_per_split
     for tile in range(begin, tl.minimum(begin + tiles_per_split, count)):
-        first, own, in_p, n_in_tile = tile_positions(tile, total, BLOCK_P)
+        first, own, in_p, _n_in_tile = tile_positions(tile, total, BLOCK_P)
         row, column = tile_coordinates(first, own, positions, W, WRAPS)
         z_tile = None
         if z is not None:
@@ -273,9 +272,9 @@ def _conv_weight_gradient(
             BATCH_STATS, ACC,
         )  # fmt: skip
         value = load_taps(
-            value_of + tile_start(first, hidden), None, own, in_p, row, column, step, lane, ins, in_k,
-            source_mu, source_scale, source_shift, H, W, hidden, 0, SOURCE_NORM, USED, DILATION, 1,
-            DTYPE, ACC,
+            value_of + tile_start(first, hidden), None, own, in_p, row, column, step, lane, ins,
+            in_k, source_mu, source_scale, source_shift, H, W, hidden, 0, SOURCE_NORM, USED,
+            DILATION, 1, DTYPE, ACC,
         )  # fmt: skip
         dw = dot(narrow(grad, DTYPE), tl.trans(value), dw, PRECISION)
         if (step == 0) & (block == 0):
@@ -348,8 +347,8 @@ def _dilated_conv_backward_kernel(
         if dweight is not None:
             _conv_weight_gradient(
                 pid, du, z, sums, sums_count, dnorm, pid == 0, mean, variance, gamma, source,
-                source_mean, source_variance, source_gamma, source_beta, active, dweight, dbias_at, H, W,
-                positions, total, count, tiles_per_split, row_length, hidden, DILATION, EPS,
+                source_mean, source_variance, source_gamma, source_beta, active, dweight, dbias_at,
+                H, W, positions, total, count, tiles_per_split, row_length, hidden, DILATION, EPS,
                 SOURCE_EPS, BATCH_STATS, PRECISION, ACC, BLOCK_P, BLOCK_H, BLOCK_K, BLOCK_T,
                 TAPS, USED, WRAPS,
             )  # fmt: skip

@@ -44,6 +44,7 @@ def pack_block(
 ):
     """BLOCK elements of one of the weights; `index` counts weights times `pack_blocks`."""
     which = index // pack_blocks
+    chosen = tl.zeros((BLOCK,), tl.int32) + which
     i = (index % pack_blocks) * BLOCK + tl.arange(0, BLOCK)
     square = hidden * hidden
     mask = i < 9 * square
@@ -51,13 +52,13 @@ def pack_block(
     rest = i - tap * square
     out = rest // hidden
     at = out * stride_out + (rest - out * hidden) * stride_in + tap * stride_tap
-    value = tl.load(weight0 + at, mask=mask & (which == 0), other=0.0)
+    value = tl.load(weight0 + at, mask=mask & (chosen == 0), other=0.0)
     if weight1 is not None:
-        value += tl.load(weight1 + at, mask=mask & (which == 1), other=0.0)
+        value += tl.load(weight1 + at, mask=mask & (chosen == 1), other=0.0)
     if weight2 is not None:
-        value += tl.load(weight2 + at, mask=mask & (which == 2), other=0.0)
+        value += tl.load(weight2 + at, mask=mask & (chosen == 2), other=0.0)
     if weight3 is not None:
-        value += tl.load(weight3 + at, mask=mask & (which == 3), other=0.0)
+        value += tl.load(weight3 + at, mask=mask & (chosen == 3), other=0.0)
     at_out = which * 9 * square + i
     tl.store(packed + at_out, narrow(value, packed.dtype.element_ty), mask=mask)
 
