@@ -167,7 +167,7 @@ def channel_mlp_in_steps(
     block_n, block_c, block_h, _ = blocks
     if samples > MOST_COLUMN_SAMPLES:
         return False
-    if block_n * block_h > 4096:
+    if block_n * block_h > (2048 if backward else 4096):
         return True
     if backward:
         partials = -(-channels // block_c)
@@ -364,10 +364,12 @@ def _pool_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str
         return Tile(16, 32, 8, 1)
     if itemsize == 4:
         # Dots without tensor cores (ieee) keep both operands in registers.
-        return Tile(32, 32 if precision == "ieee" and hidden > 32 else 64, 8, 1)
+        return Tile(32, 32 if precision == "ieee" and hidden > 16 else 64, 8, 1)
     if hidden > 64:
         return Tile(128, 64, 8, 1) if channels_last else Tile(64, 128, 8, 1)
-    return Tile(128, 128, 4, 2 if channels_last and hidden > 32 else 1)
+    if channels_last and hidden > 32:
+        return Tile(64, 128, 4, 2)
+    return Tile(128, 128, 4, 1)
 
 
 def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
@@ -377,8 +379,8 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
         return Tile(16, 16, 4, 1)
     if itemsize == 4:
         if precision == "ieee" and hidden > 16:  # 32x64 spills with the oldest Triton in two cases
-            if channels_last and hidden <= 32:
-                return Tile(32, 32, 4, 1)
+            if channels_last:
+                return Tile(32, 32, 4 if hidden <= 32 else 8, 1)
             if hidden > 32 and not channels_last:
                 return Tile(16, 128, 16, 1)
         return Tile(32, 64, 16, 1)
@@ -386,6 +388,8 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
         return Tile(32, 64, 8, 1) if channels_last else Tile(32, 32, 8, 1)
     if hidden > 32:
         return Tile(64, 32, 4, 2) if channels_last else Tile(32, 64, 4, 2)
+    if channels_last and hidden > 16:
+        return Tile(64, 32, 4, 1)
     return Tile(64, 64, 4, 1 if channels_last else 2)
 
 
@@ -402,9 +406,9 @@ def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
     if precision == "ieee" and hidden > 16:
         return Tile(1, 16, 8, 1) if hidden > 32 else Tile(1, 32, 8, 1)
     if hidden > 32:
-        return Tile(1, 16, 4, 1)
+        return Tile(1, 32, 8, 2)
     if hidden > 16:
-        return Tile(1, 64, 8, 1)
+        return Tile(1, 32, 8, 1)
     return Tile(1, 128, 4, 1)
 
 

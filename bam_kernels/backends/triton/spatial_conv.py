@@ -21,6 +21,7 @@ from bam_kernels.backends.triton.spatial_math import (
     store_statistics,
     store_total,
     tap_mask,
+    tap_steps,
     taps,
     tile_coordinates,
     tile_offsets,
@@ -204,7 +205,7 @@ def conv_tile(
         )  # fmt: skip
         at_w = units[:, None] * hidden + (lane * hidden * hidden + ins)[None, :]
         in_w = in_h[:, None] & in_k[None, :]
-        for step in range(9 // USED):
+        for step in range(tap_steps(hidden, USED, DTYPE)):
             value = load_taps(
                 source, source_bias, own, in_p, row, column, step, lane, ins, in_k, mu, scale,
                 shift, H, W, hidden, part_stride, NORM, USED, DILATION, SPLITS, DTYPE, ACC,

@@ -172,7 +172,9 @@ class Map:
     @property
     def block_k(self) -> int:
         """Hidden channels of a dot's reduction, or of dW's columns, at a time."""
-        return min(self.block_h, 64 if self.dtype.itemsize == 2 else 32)
+        if self.dtype.itemsize == 2:
+            return min(self.block_h, 64)
+        return min(self.block_h, 32) if self.block_h < 64 else 16
 
     @property
     def wraps(self) -> bool:

@@ -67,6 +67,19 @@ def store_map(out, value, first, own, units, mask, positions, hidden, TURNED: tl
 
 
 @triton.jit
+def tap_steps(hidden, USED: tl.constexpr, DTYPE: tl.constexpr):
+    """How many steps of `USED` taps there are.
+
+    Of wide types a number that the compiler does not know: nine steps unrolled keep so many masks
+    and addresses that registers spill on sm_80.
+    """
+    if DTYPE == tl.float32 or DTYPE == tl.float64:
+        return tl.minimum(9 // USED, hidden * 9)
+    else:
+        return 9 // USED
+
+
+@triton.jit
 def taps(step, lane, USED: tl.constexpr, DILATION: tl.constexpr):
     """(rows down, columns right) to the neighbours of `USED` taps a step, `lane` of them."""
     tap = step * USED + lane
