@@ -55,11 +55,10 @@ _WRITTEN: dict[str, frozenset[str]] = {
         "_mlp_gate_kernel": "out",
         "_norm_backward_kernel": "dnorm dz",
         "_normalize_logits_kernel": "out statistics",
-        "_pack_kernel": "packed transposed",
+        "_pack_kernel": "laid packed partials",
         "_pool_reduce_kernel": "packed pooled reduced",
         "_project_backward_kernel": "dfinal dproject du sums",
         "_project_kernel": "final_sums logits logits_partials statistics",
-        "_statistics_kernel": "partials",
         "_sum_splits_kernel": "out0 out1",
         "_update_running_kernel": "counter* mean* variance*",
     }.items()

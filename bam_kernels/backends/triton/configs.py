@@ -355,7 +355,7 @@ def _gate_backward_reduce(itemsize: int, hidden: int, channels_last: bool, preci
         return Tile(64, 16, 4, 1) if channels_last else Tile(16, 64, 4, 1)
     if itemsize == 4:
         return Tile(64, 16, 2, 2) if channels_last else Tile(16, 64, 2, 2)
-    return Tile(64, 32, 2, 2) if channels_last else Tile(16, 64, 2, 3)
+    return Tile(64, 32, 2, 2) if channels_last else Tile(16, 64, 2, 3, 128)
 
 
 def _pool_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
@@ -368,7 +368,7 @@ def _pool_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str
     if hidden > 64:
         return Tile(128, 64, 8, 1) if channels_last else Tile(64, 128, 8, 1)
     if channels_last and hidden > 32:
-        return Tile(64, 128, 4, 2)
+        return Tile(64, 128, 4, 2, 168)
     return Tile(128, 128, 4, 1)
 
 
@@ -381,8 +381,8 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
         if precision == "ieee" and hidden > 16:  # 32x64 spills with the oldest Triton in two cases
             if channels_last:
                 return Tile(32, 32, 4 if hidden <= 32 else 8, 1)
-            if hidden > 32 and not channels_last:
-                return Tile(16, 128, 16, 1)
+            if hidden > 32:
+                return Tile(16, 32, 8, 1) if hidden > 64 else Tile(16, 128, 16, 1)
         return Tile(32, 64, 16, 1)
     if hidden > 64:
         return Tile(32, 64, 8, 1) if channels_last else Tile(32, 32, 8, 1)
@@ -402,7 +402,7 @@ def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
         # Fewer registers than the assembler would take, so that more programs run at a time.
         if hidden > 32:
             return Tile(1, 32, 4, 2) if hidden > 64 else Tile(1, 64, 4, 3)
-        return Tile(1, 64, 4, 3, 96 if hidden > 16 else 80)
+        return Tile(1, 64, 4, 3, 100 if hidden > 16 else 80)
     if precision == "ieee" and hidden > 16:
         return Tile(1, 16, 8, 1) if hidden > 32 else Tile(1, 32, 8, 1)
     if hidden > 32:

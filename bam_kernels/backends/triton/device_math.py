@@ -52,7 +52,9 @@ def relu(value):
         wide = value.to(tl.float32)
         value = narrow(tl.where(wide < 0, 0.0, wide), tl.bfloat16)
     elif value.dtype == tl.bfloat16:  # of which a maximum would be an fp32
-        value = tl.where(value < 0, 0.0, value).to(tl.bfloat16)
+        wide = value.to(tl.float32)
+        zero = tl.zeros_like(wide)
+        value = tl.maximum(wide, zero, propagate_nan=tl.PropagateNan.ALL).to(tl.bfloat16)
     else:  # an instruction for two halves
         zero = tl.zeros_like(value)
         value = tl.maximum(value, zero, propagate_nan=tl.PropagateNan.ALL)

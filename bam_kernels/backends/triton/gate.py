@@ -25,6 +25,7 @@ from bam_kernels.backends.triton.launch import (
     cdiv,
     device_guard,
     launch,
+    registers,
     units,
     walk,
 )
@@ -271,6 +272,7 @@ def gate_backward_reduce(
             BLOCK_C=t.block_c,
             BLOCK_P=t.block_p,
             STAGES=t.num_stages,
+            **({} if t.registers is None else registers(t.registers, t.num_warps)),
             num_warps=t.num_warps,
             num_stages=t.num_stages,
         )

@@ -19,6 +19,7 @@ from bam_kernels.backends.triton.launch import (
     conv_precision,
     device_guard,
     launch,
+    registers,
     units,
     walk,
 )
@@ -222,6 +223,7 @@ def pool_reduce_parts(
             BLOCK_P=t.block_p,
             BLOCK_H=block_h,
             PACK_BLOCK=PACK_BLOCK,
+            **({} if t.registers is None else registers(t.registers, t.num_warps)),
             num_warps=t.num_warps,
             num_stages=t.num_stages,
         )

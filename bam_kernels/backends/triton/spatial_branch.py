@@ -32,7 +32,6 @@ from bam_kernels.backends.triton.spatial_layout import (
     norm_apart,
     norms_of,
     settle,
-    statistics_of,
 )
 from bam_kernels.backends.triton.spatial_math import (
     input_affine,
@@ -193,13 +192,12 @@ def spatial_branch_forward(
     final_partials = m.workspace(2, m.count, 1) if final and final.batch_stats else None
 
     with device_guard(reduced):
-        source, packed = prepare(m, reduced, weights)
+        takes_stats = hidden[0] is not None and hidden[0].batch_stats
+        source, packed, partials = prepare(m, reduced, weights, takes_stats)
         projection = projection_arguments(
             None, project_weight, project_bias, final, logits=logits, logits_partials=final_partials
         )
-        partials, projected = None, False
-        if hidden[0] is not None and hidden[0].batch_stats:
-            partials = statistics_of(m, source)
+        projected = False
         for i, weight in enumerate(packed):
             following = hidden[i + 1]
             takes_stats = following is not None and following.batch_stats

@@ -260,7 +260,7 @@ def spatial_branch_backward(
     with device_guard(reduced):
         # The last of the maps' gradients lies as the reduction does.
         in_place = not reduced.is_contiguous()
-        source, packed = prepare(m, reduced, weights)
+        source, packed, _ = prepare(m, reduced, weights)
         maps, actives = _recompute(m, source, packed, biases, hidden, final, projection, dilation)
         du = m.empty(in_place or bool(weights) or hidden[0] is not None)
         sums = _sums(m, hidden[-1])

@@ -205,7 +205,7 @@ def conv_tile(
         )  # fmt: skip
         at_w = units[:, None] * hidden + (lane * hidden * hidden + ins)[None, :]
         in_w = in_h[:, None] & in_k[None, :]
-        for step in range(tap_steps(hidden, USED, DTYPE)):
+        for step in range(tap_steps(hidden, USED, NORM, DTYPE)):
             value = load_taps(
                 source, source_bias, own, in_p, row, column, step, lane, ins, in_k, mu, scale,
                 shift, H, W, hidden, part_stride, NORM, USED, DILATION, SPLITS, DTYPE, ACC,

@@ -162,7 +162,7 @@ def _conv_input_gradient(
         # The transposed weight, as it lies: outputs (a dot's reduction) by inputs.
         at_w = (lane * hidden * hidden + outs * hidden)[:, None] + units[None, :]
         in_w = in_k[:, None] & in_h[None, :]
-        for step in range(tap_steps(hidden, USED, DTYPE)):
+        for step in range(tap_steps(hidden, USED, NORM, DTYPE)):
             down, right = taps(step, lane, USED, -DILATION)
             mask = tap_mask(row, column, down, right, H, W) & in_k[:, None] & in_p[None, :]
             at = tile_offsets(outs, own, hidden) + ((down * W + right) * hidden)[:, None]

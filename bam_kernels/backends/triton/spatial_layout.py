@@ -23,33 +23,10 @@ from bam_kernels.backends.triton.spatial_math import (
     input_affine,
     merge_statistics,
     merge_sums,
-    store_statistics,
     tile_offsets,
     tile_positions,
     tile_start,
 )
-
-
-@triton.jit(do_not_specialize=["total", "count"])
-def _statistics_kernel(
-    source,
-    partials,
-    total,
-    count,
-    hidden,
-    ACC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """The partials of a map that is there already: the reduction's output."""
-    pid = tl.program_id(0)
-    first, own, in_p, n_in_tile = tile_positions(pid, total, BLOCK_P)
-    units = tl.arange(0, BLOCK_H)
-    in_h = units < hidden
-    mask = in_h[:, None] & in_p[None, :]
-    at = tile_offsets(units, own, hidden)
-    value = tl.load(source + tile_start(first, hidden) + at, mask=mask, other=0.0).to(ACC)
-    store_statistics(value, mask, n_in_tile, partials, pid, count, units, in_h, hidden, ACC)
 
 
 @triton.jit(do_not_specialize=["total", "count", "block", "group", "groups"])
@@ -347,10 +324,3 @@ def activate(
         **m.constants(),
     )
     return out
-
-
-def statistics_of(m: Map, source: Tensor) -> Partials:
-    """The partials of a map that is there already."""
-    partials = m.workspace(2, m.count, m.hidden)
-    launch(_statistics_kernel, (m.count,), source, partials, **m.sizes(), **m.constants())
-    return settle(partials, m, m.hidden, centred=True)

@@ -54,26 +54,44 @@ def tile_offsets(units, own, hidden):
 
 
 @triton.jit
+def _turned_offsets(first, own, units, positions, hidden):
+    """Offsets [units, positions] in a map that lies as NCHW."""
+    p = (first % positions).to(tl.int32) + own
+    n = (first // positions + p // positions).to(tl.int64)
+    at = n * hidden * positions + p % positions
+    return at[None, :] + units.to(tl.int64)[:, None] * positions
+
+
+@triton.jit
+def load_map(source, first, own, units, mask, positions, hidden, TURNED: tl.constexpr):
+    """A tile [units, positions] of a map; TURNED, of one that lies as NCHW."""
+    if TURNED:
+        at = _turned_offsets(first, own, units, positions, hidden)
+        value = tl.load(source + at, mask=mask, other=0.0)
+    else:
+        at = tile_offsets(units, own, hidden)
+        value = tl.load(source + tile_start(first, hidden) + at, mask=mask, other=0.0)
+    return value
+
+
+@triton.jit
 def store_map(out, value, first, own, units, mask, positions, hidden, TURNED: tl.constexpr):
     """A tile [units, positions] into a map; TURNED, into one that lies as NCHW."""
     if TURNED:
-        p = (first % positions).to(tl.int32) + own
-        n = (first // positions + p // positions).to(tl.int64)
-        at = n[None, :] * hidden * positions + (p % positions)[None, :]
-        tl.store(out + at + units.to(tl.int64)[:, None] * positions, value, mask=mask)
+        tl.store(out + _turned_offsets(first, own, units, positions, hidden), value, mask=mask)
     else:
         at = tile_offsets(units, own, hidden)
         tl.store(out + tile_start(first, hidden) + at, value, mask=mask)
 
 
 @triton.jit
-def tap_steps(hidden, USED: tl.constexpr, DTYPE: tl.constexpr):
+def tap_steps(hidden, USED: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr):
     """How many steps of `USED` taps there are.
 
-    Of wide types a number that the compiler does not know: nine steps unrolled keep so many masks
-    and addresses that registers spill on sm_80.
+    Of wide types, and with a norm, a number that the compiler does not know: nine steps unrolled
+    keep so many masks and addresses that registers spill.
     """
-    if DTYPE == tl.float32 or DTYPE == tl.float64:
+    if NORM or DTYPE == tl.float32 or DTYPE == tl.float64:
         return tl.minimum(9 // USED, hidden * 9)
     else:
         return 9 // USED

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from bam_kernels.backends.triton.device_math import narrow
 from bam_kernels.backends.triton.launch import cdiv, launch
-from bam_kernels.backends.triton.spatial_layout import Map
+from bam_kernels.backends.triton.spatial_layout import Map, Partials, settle
+from bam_kernels.backends.triton.spatial_math import (
+    load_map,
+    store_statistics,
+    tile_offsets,
+    tile_positions,
+    tile_start,
+)
 
 PACK_BLOCK = 512
 """Elements that a program packs at a time."""
@@ -64,21 +71,35 @@ def pack_block(
 
 
 @triton.jit
-def _transpose_tile(pid, source, out, positions, tiles, hidden, BLOCK_P: tl.constexpr,
-                    BLOCK_H: tl.constexpr):  # fmt: skip
-    """A tile of a sample's [h, P] as [P, h]."""
-    n = (pid // tiles).to(tl.int64)
-    columns = (pid % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+def _source_tile(
+    pid,
+    source,
+    laid,
+    partials,
+    positions,
+    total,
+    count,
+    hidden,
+    TURNED: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """A tile of the reduction: laid as the branch's maps lie, if TURNED, and its statistics."""
+    first, own, in_p, n_in_tile = tile_positions(pid, total, BLOCK_P)
     units = tl.arange(0, BLOCK_H)
-    mask = (units < hidden)[:, None] & (columns < positions)[None, :]
-    base = n * hidden * positions
-    at = units.to(tl.int64)[:, None] * positions + columns[None, :]
-    value = tl.load(source + base + at, mask=mask, other=0.0)
-    at = units[:, None] + columns.to(tl.int64)[None, :] * hidden
-    tl.store(out + base + at, value, mask=mask)
+    in_h = units < hidden
+    mask = in_h[:, None] & in_p[None, :]
+    value = load_map(source, first, own, units, mask, positions, hidden, TURNED)
+    if laid is not None:
+        at = tile_offsets(units, own, hidden)
+        tl.store(laid + tile_start(first, hidden) + at, value, mask=mask)
+    if partials is not None:
+        value = value.to(ACC)
+        store_statistics(value, mask, n_in_tile, partials, pid, count, units, in_h, hidden, ACC)
 
 
-@triton.jit(do_not_specialize=[*PACKING_SIZES, "tiles"])
+@triton.jit(do_not_specialize=[*PACKING_SIZES, "positions", "total", "count"])
 def _pack_kernel(
     weight0,
     weight1,
@@ -91,11 +112,15 @@ def _pack_kernel(
     stride_in,
     stride_tap,
     source,
-    transposed,
-    hidden,
+    laid,
+    partials,
     positions,
-    tiles,
+    total,
+    count,
+    hidden,
+    TURNED: tl.constexpr,
     BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -107,10 +132,10 @@ def _pack_kernel(
                 pid, weight0, weight1, weight2, weight3, packed, pack_blocks, hidden, stride_out,
                 stride_in, stride_tap, BLOCK,
             )  # fmt: skip
-    elif transposed is not None:
-        _transpose_tile(
-            pid - pack_weights * pack_blocks, source, transposed, positions, tiles, hidden,
-            BLOCK_P, BLOCK_H,
+    elif source is not None:
+        _source_tile(
+            pid - pack_weights * pack_blocks, source, laid, partials, positions, total, count,
+            hidden, TURNED, ACC, BLOCK_P, BLOCK_H,
         )  # fmt: skip
 
 
@@ -158,43 +183,50 @@ def packings(m: Map, weights: Sequence[Tensor]) -> tuple[Tensor, list[Packing]]:
     return packed, [Packing(weights[i : i + step], packed[i : i + step]) for i in parts]
 
 
-def prepare(m: Map, reduced: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(reduced as the branch's maps lie, packed [k, 9, h, h] in their dtype): a launch, or none.
+def prepare(
+    m: Map, reduced: Tensor, weights: Sequence[Tensor], statistics: bool = False
+) -> tuple[Tensor, Tensor, Partials | None]:
+    """(reduced as the branch's maps lie, packed [k, 9, h, h] in their dtype, the reduction's
+    statistics): in a launch, or none.
 
     Args:
         m: the branch's maps.
         reduced: [N, h, H, W], dense in either memory format.
         weights: of the convolutions, [h, h, 3, 3] each.
+        statistics: whether to take them.
     """
     packed, todo = packings(m, weights)
-    turned = None if m.lies_well(reduced) else m.empty()
-    if todo or turned is not None:
-        launch_pack(m, todo[0] if todo else None, reduced, turned)
+    laid = None if m.lies_well(reduced) else m.empty()
+    partials = m.workspace(2, m.count, m.hidden) if statistics else None
+    if todo or laid is not None or statistics:
+        launch_pack(m, todo[0] if todo else None, reduced, laid, partials)
     for packing in todo[1:]:
         launch_pack(m, packing)
-    return reduced if turned is None else turned, packed
+    settled = settle(partials, m, m.hidden, centred=True) if statistics else None
+    return reduced if laid is None else laid, packed, settled
 
 
 def launch_pack(
     m: Map,
     packing: Packing | None,
     reduced: Tensor | None = None,
-    turned: Tensor | None = None,
+    laid: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> None:
-    """Pack weights and, where `turned` is given, lay `reduced` there as the branch's maps lie."""
-    tiles = cdiv(m.positions, 64)
+    """Pack weights and, where they are given, lay `reduced` as the branch's maps lie and take the
+    partials of its statistics."""
     programs = 0 if packing is None else len(packing.weights) * packing.blocks
+    looks = laid is not None or partials is not None
     launch(
         _pack_kernel,
-        (programs + (0 if turned is None else m.n * tiles),),
+        (programs + (m.count if looks else 0),),
         *(NO_PACKING if packing is None else packing.arguments()),
-        None if turned is None else reduced,
-        turned,
-        m.hidden,
+        reduced if looks else None,
+        laid,
+        partials,
         m.positions,
-        tiles,
+        TURNED=laid is not None,
         BLOCK=PACK_BLOCK,
-        BLOCK_P=64,
-        BLOCK_H=m.block_h,
-        num_warps=4,
+        **m.sizes(),
+        **m.constants(),
     )
