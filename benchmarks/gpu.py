@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         help="toy shapes, to see that every part runs; with --device cpu under Triton's "
         "interpreter; the JSON is marked as no measurement",
     )
-    p.add_argument("--commit", help="the commit to name where there is no git repository")
+    p.add_argument("--commit", help="the commit to name; default what git tells")
     p.add_argument(
         "--seed",
         type=int,

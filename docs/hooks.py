@@ -49,6 +49,15 @@ def cpu() -> str:
     return "\n\n".join(parts)
 
 
+def gpu() -> str:
+    """Each results file of the GPU run: GPU, versions, and its table."""
+    parts = []
+    for path in sorted(RESULTS.glob("gpu-*.json")):
+        found = results.load(path)
+        parts += [f"`{path.name}`: {results.provenance(found)}.", results.table(found)]
+    return "\n\n".join(parts)
+
+
 def predictions() -> str:
     """The cost model's launches, bytes and times at ResNet-50's sites."""
     from bam_kernels.benchmarking import cost
@@ -201,6 +210,7 @@ def _drawing(name: str) -> Callable[[], str]:
 FILLS: dict[str, Callable[[], str]] = {
     "traffic": traffic,
     "cpu": cpu,
+    "gpu": gpu,
     "predictions": predictions,
     "convolutions": convolutions,
     "tolerances": tolerances,

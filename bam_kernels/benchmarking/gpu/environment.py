@@ -51,11 +51,13 @@ def _in_own_repository() -> bool:
 
 
 def commit(given: str | None = None) -> dict[str, Any]:
-    """The commit that is measured: as git tells it, or as `given` where there is no repository of
-    this project around the package."""
+    """The commit that is measured: as `given`, or as git tells it where there is a repository of this
+    project around the package."""
+    if given:
+        return {"commit": given, "dirty": None, "told_by": "option"}
     found = _output("git", "rev-parse", "HEAD") if _in_own_repository() else None
     if found is None:
-        return {"commit": given or "unknown", "dirty": None, "told_by": "option" if given else None}
+        return {"commit": "unknown", "dirty": None, "told_by": None}
     changes = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {"commit": found, "dirty": bool(changes), "told_by": "git"}
 
