@@ -1,7 +1,7 @@
 """One run from its environment to its table: the sections, in order, within the budget.
 
-On an H200 240 rows of the matrix and both sanitizers fit 110 s, beside 140 tests; 15 cases with every
-peer take 130 s. Not seen there: processes that are ended while a kernel of theirs hangs.
+On an H200 240 rows of the matrix and both sanitizers fit 110 s, beside 140 tests; 15 cases with
+every peer take 130 s. Not seen there: processes that are ended while a kernel of theirs hangs.
 """
 
 from __future__ import annotations

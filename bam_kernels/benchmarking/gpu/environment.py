@@ -51,8 +51,8 @@ def _in_own_repository() -> bool:
 
 
 def commit(given: str | None = None) -> dict[str, Any]:
-    """The commit that is measured: as `given`, or as git tells it where there is a repository of this
-    project around the package."""
+    """The commit that is measured: as `given`, or as git tells it where there is a repository of
+    this project around the package."""
     if given:
         return {"commit": given, "dirty": None, "told_by": "option"}
     found = _output("git", "rev-parse", "HEAD") if _in_own_repository() else None
