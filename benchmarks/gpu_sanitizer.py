@@ -17,7 +17,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+if TYPE_CHECKING:
+    import torch
 
 TOOLS = ("memcheck", "racecheck")
 _FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
@@ -130,12 +134,33 @@ def _end(pid: int) -> None:
 
 
 def launch_all(device_name: str = "cuda") -> None:
-    """Every kernel, forward and backward, on maps of few tiles with ragged ends."""
+    """Every kernel, forward and backward, on maps of few tiles with ragged ends: as small maps go,
+    and once more as large ones do."""
+    import torch
+
+    from bam_kernels.backends.triton import configs, spatial_layout, sum_splits
+
+    device = torch.device(device_name)
+    _launch(device)
+    with (
+        mock.patch.object(spatial_layout, "_FEW_TILES", 0),
+        mock.patch.object(spatial_layout, "_MOST_PARTIALS", 3),
+        mock.patch.object(spatial_layout, "_GROUPS", 2),
+        mock.patch.object(sum_splits, "_ONE_STEP", 3),
+        mock.patch.object(configs, "channel_mlp_in_steps", lambda *_, **__: True),
+        configs.override(spatial_branch=configs.Tile(1, 16, 4, 1)),
+    ):
+        _launch(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(_RAN, flush=True)
+
+
+def _launch(device: torch.device) -> None:
     import torch
 
     import bam_kernels
 
-    device = torch.device(device_name)
     cases = (
         (torch.float16, torch.contiguous_format, "sum", "paper"),
         (torch.float32, torch.channels_last, "max", "official"),
@@ -149,9 +174,6 @@ def launch_all(device_name: str = "cuda") -> None:
             with torch.no_grad():
                 module.eval()(x)
                 squeeze(x)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    print(_RAN, flush=True)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,12 @@ def test_parity_in_steps(
     check(channels, samples, dtype, device, train, options, draws)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=name)
+def test_half_types_in_steps(dtype, device, seed, in_steps):
+    """The dots that tensor cores take: neither samples, channels nor units fill their blocks."""
+    check(100, 19, dtype, device, False, {"reduction": 5}, draws=3)
+
+
 @pytest.mark.parametrize("momentum", (0.1, 0.7, None))
 def test_running_statistics(momentum, device, seed):
     """Three batches, with a cumulative average for None, as torch's batch norm keeps them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 
 import pytest
@@ -20,8 +21,9 @@ from tolerances import (
 from torch import nn
 
 from bam_kernels import functional, fusable, reference, training
-from bam_kernels.backends.triton import configs
+from bam_kernels.backends.triton import configs, spatial_layout, sum_splits
 from bam_kernels.config import resolve
+from bam_kernels.testing import traffic
 
 X = torch.empty(0)  # of which only the device and the dtype are looked at
 
@@ -162,6 +164,26 @@ def test_many_partials(options, device, seed):
     branch = make_branch(12, torch.float64, device, **OPTIONS[options]).train()
     with configs.override(spatial_branch=configs.Tile(0, 16, 4, 1)):
         check(branch, (5, 21, 20), device)
+
+
+@pytest.mark.parametrize("channels_last", (False, True), ids=("nchw", "channels_last"))
+@pytest.mark.parametrize("options", ("both norms", "official", "no convolution"))
+def test_as_large_maps_go(options, channels_last, device, seed, monkeypatch):
+    """Norms in passes of their own, statistics merged and weight gradients added in two steps."""
+    monkeypatch.setattr(spatial_layout, "_FEW_TILES", 0)
+    monkeypatch.setattr(spatial_layout, "_MOST_PARTIALS", 3)
+    monkeypatch.setattr(spatial_layout, "_GROUPS", 2)
+    monkeypatch.setattr(sum_splits, "_ONE_STEP", 3)
+    branch = make_branch(32, torch.float64, device, **OPTIONS[options]).train()
+    tiles = configs.override(spatial_branch=configs.Tile(0, 16, 4, 1))
+    monkeypatch.setattr(configs, "split_weight_gradient", lambda count, _: min(count, 5))
+    with tiles, traffic.measure() as meter:
+        check(branch, (3, 9, 11), device, channels_last)
+    # 19 tiles: of every statistic and sum 10 parts, then one.
+    launched = collections.Counter(launch.kernel for launch in meter.launches)
+    assert launched["_merge_kernel"] >= 4
+    assert (launched["_activate_kernel"] > 0) == bool(branch.dilated)
+    assert launched["_sum_splits_kernel"] == 2  # the projection's weight first, then all
 
 
 def test_weights_in_channels_last(device, seed):

@@ -51,7 +51,7 @@ _WRITTEN: dict[str, frozenset[str]] = {
         "_gate_backward_reduce_kernel": "dchannel dspatial",
         "_gate_forward_kernel": "out",
         "_input_gradient_kernel": "dbias dweight dx",
-        "_merge_kernel": "out",
+        "_merge_kernel": "merged",
         "_mlp_gate_kernel": "out",
         "_norm_backward_kernel": "dnorm dz",
         "_normalize_logits_kernel": "out statistics",

@@ -282,7 +282,7 @@ def _spatial_tile(
     entry: Tile | None, dtype: torch.dtype, positions: int, hidden: int, precision: str
 ) -> Tile:
     if entry is None:
-        entry = _spatial_branch(dtype.itemsize, hidden, precision)
+        entry = _spatial_branch(dtype.itemsize, hidden, precision, positions)
     block_p = min(entry.block_p, max(next_power_of_2(positions), _LEAST))
     return dataclasses.replace(entry, block_p=block_p)
 
@@ -369,8 +369,8 @@ def _pool_reduce(itemsize: int, hidden: int, channels_last: bool, precision: str
         return Tile(32, 32 if precision == "ieee" and hidden > 16 else 64, 8, 1)
     if hidden > 64:
         return Tile(128, 64, 8, 1) if channels_last else Tile(64, 128, 8, 1)
-    if channels_last and hidden > 32:  # 128x128 was faster by an eighth; it spills on sm_80 or 120
-        return Tile(64, 128, 4, 2, 168)
+    if hidden > 32:  # with 4 warps, as fast or faster, it spills on sm_80, 90 or 120
+        return Tile(128, 128, 8, 2 if channels_last else 1)
     return Tile(128, 128, 4, 1)
 
 
@@ -382,7 +382,7 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
     if itemsize == 4:
         if precision == "ieee" and hidden > 16:  # 32x64 spills with the oldest Triton in two cases
             if channels_last:
-                return Tile(32, 32, 4 if hidden <= 32 else 8, 1)
+                return Tile(32, 32, 4, 1) if hidden <= 32 else Tile(32, 32, 8, 1, 128)
             if hidden > 32:
                 return Tile(16, 32, 8, 1) if hidden > 64 else Tile(16, 128, 16, 1)
         return Tile(32, 64, 16, 1)
@@ -395,7 +395,11 @@ def _input_gradient(itemsize: int, hidden: int, channels_last: bool, precision: 
     return Tile(64, 64, 4, 1 if channels_last else 2)
 
 
-def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
+# 256 tiles of 64: two waves of one program a multiprocessor.
+_FEW_POSITIONS = 1 << 14
+
+
+def _spatial_branch(itemsize: int, hidden: int, precision: str, positions: int) -> Tile:
     # The accumulator is hidden x block_p, and nine shifted tiles of the input pass through. Wider
     # tiles spill in the backward convolution, which applies a norm's gradient as it loads.
     if itemsize == 8:
@@ -403,7 +407,13 @@ def _spatial_branch(itemsize: int, hidden: int, precision: str) -> Tile:
     if itemsize == 2:
         # Fewer registers than the assembler would take, so that more programs run at a time.
         if hidden > 32:
-            return Tile(1, 32, 4, 2) if hidden > 64 else Tile(1, 64, 4, 3)
+            if hidden > 64:
+                return Tile(1, 32, 4, 2)
+            # Of few tiles twice as many, and of more warps: norms are applied as they load, and
+            # would spill.
+            return Tile(1, 64, 4, 3) if positions > _FEW_POSITIONS else Tile(1, 32, 8, 3)
+        if hidden < 16:  # accesses are narrow, and their addresses many
+            return Tile(1, 32, 4, 3, 128)
         return Tile(1, 64, 4, 3, 100 if hidden > 16 else 80)
     if precision == "ieee" and hidden > 16:
         return Tile(1, 16, 8, 1) if hidden > 32 else Tile(1, 32, 8, 1)

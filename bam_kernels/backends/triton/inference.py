@@ -27,6 +27,7 @@ from bam_kernels.backends.triton.launch import (
     conv_precision,
     device_guard,
     launch,
+    registers,
     triton_dtype,
 )
 from bam_kernels.backends.triton.mlp_gate import mlp_gate_forward
@@ -298,6 +299,11 @@ def _launch_conv(
     project = module.project if last else None
     final = project.norm if last else None
     programs = m.count + (0 if mlp is None else mlp.programs)
+    constants = m.constants()
+    if splits > 1:  # a stage holds every part: three would be more than an sm_86 or sm_120 has
+        constants["num_stages"] = min(2, m.tile.num_stages)
+    if m.tile.registers is not None:  # the MLP beside it, and sums of parts, take more
+        constants.update(registers(max(96, m.tile.registers), m.tile.num_warps))
     launch(
         _conv_mlp_kernel,
         (programs,),
@@ -331,5 +337,5 @@ def _launch_conv(
         USED=m.taps[1],
         WRAPS=m.wraps,
         **(_NO_MLP if mlp is None else mlp.arguments),
-        **m.constants(),
+        **constants,
     )
