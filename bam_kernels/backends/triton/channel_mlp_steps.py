@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bam_kernels.backends.triton import configs
 from bam_kernels.backends.triton.device_math import dot, product
-from bam_kernels.backends.triton.launch import accumulator, cdiv, launch, registers
+from bam_kernels.backends.triton.launch import accumulator, cdiv, launch, registers, stages
 
 
 @triton.jit
@@ -273,7 +273,7 @@ def launch_steps(
         BLOCK_U=tile.block_u,
         BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=stages(tile.num_stages),
     )
     block_n, block_c, block_u, num_warps = configs.channel_mlp_columns(n)
     launch(

@@ -27,7 +27,6 @@ from bam_kernels.backends.triton.launch import (
     conv_precision,
     device_guard,
     launch,
-    registers,
     triton_dtype,
 )
 from bam_kernels.backends.triton.mlp_gate import mlp_gate_forward
@@ -302,8 +301,7 @@ def _launch_conv(
     constants = m.constants()
     if splits > 1:  # a stage holds every part: three would be more than an sm_86 or sm_120 has
         constants["num_stages"] = min(2, m.tile.num_stages)
-    if m.tile.registers is not None:  # the MLP beside it, and sums of parts, take more
-        constants.update(registers(max(96, m.tile.registers), m.tile.num_warps))
+    constants.update(m.registers(96))  # the MLP beside it, and sums of parts, take more
     launch(
         _conv_mlp_kernel,
         (programs,),

@@ -129,6 +129,19 @@ def registers(most: int, num_warps: int) -> dict[str, int]:
     return {"maxnreg": min(most, 65536 // (32 * num_warps))}
 
 
+def compute_capability() -> int:
+    """Of the NVIDIA GPU that is compiled for, 90 for 9.0; 0 elsewhere."""
+    return 0 if env.triton_interpret() else _capability(driver.active)
+
+
+def stages(count: int) -> int:
+    """`count` pipeline stages of a loop around a dot; on AMD's GPUs one, as Triton 3.6 cannot
+    compile more where a dot takes no matrix units."""
+    if env.triton_interpret() or _backend(driver.active) != "hip":
+        return count
+    return 1
+
+
 def warps(count: int) -> int:
     """`count` warps of 32 threads as the GPU's own: on AMD's a warp is 64 threads, and a block of
     more than 512 threads has so few registers a thread that kernels which hold much spill."""
@@ -140,6 +153,12 @@ def warps(count: int) -> int:
 @functools.lru_cache(maxsize=8)
 def _backend(active: object) -> str:
     return active.get_current_target().backend
+
+
+@functools.lru_cache(maxsize=8)
+def _capability(active: object) -> int:
+    target = active.get_current_target()
+    return int(target.arch) if target.backend == "cuda" else 0
 
 
 def device_guard(x: Tensor) -> AbstractContextManager:

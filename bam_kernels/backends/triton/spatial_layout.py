@@ -15,6 +15,7 @@ from bam_kernels.backends.triton.launch import (
     accumulator,
     accumulator_dtype,
     cdiv,
+    compute_capability,
     conv_precision,
     launch,
     registers,
@@ -193,20 +194,28 @@ class Map:
         return {"total": self.total, "count": self.count, "hidden": self.hidden}
 
     def constants(self) -> dict[str, object]:
-        """The compile-time arguments that every kernel of the branch has.
-
-        A thread may take as many registers as there are, unless the table says less: left to
-        itself the assembler keeps to fewer, on one target or another, and spills for it.
-        """
-        num_warps = self.tile.num_warps
+        """The compile-time arguments that every kernel of the branch has."""
         return {
             "ACC": accumulator(self.dtype),
             "BLOCK_P": self.tile.block_p,
             "BLOCK_H": self.block_h,
-            "num_warps": num_warps,
+            "num_warps": self.tile.num_warps,
             "num_stages": self.tile.num_stages,
-            **registers(self.tile.registers or 255, num_warps),
+            **self.registers(),
         }
+
+    def registers(self, least: int = 0) -> dict[str, int]:
+        """The launch option that lets a thread take as many registers as the table says, and at
+        least so many.
+
+        As many as there are where it says nothing: left to itself the assembler keeps to fewer, on
+        one target or another, and spills for it. So too where a norm is applied as inputs load, and
+        from compute capability 10 on, where the table's would spill.
+        """
+        limit = self.tile.registers
+        if limit is None or self.count <= _FEW_TILES or compute_capability() >= 100:
+            limit = 255
+        return registers(max(limit, least), self.tile.num_warps)
 
     @property
     def block_t(self) -> int:
