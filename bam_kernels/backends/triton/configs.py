@@ -339,7 +339,8 @@ def split_tiles(tiles: int, other_programs: int, num_warps: int, partial_bytes: 
 # spills, and 128-bit access to x, so 8 half or 4 fp32 elements a thread at the least. Among the
 # tiles that pass, float16 has those that were the fastest on an H200 (torch 2.11, Triton 3.6, batch
 # 256, ResNet-50's three sites), or next to it where that one spills on another target. They are
-# tiles of few warps, of which many run on a multiprocessor. Other types were not timed.
+# tiles of few warps, of which many run on a multiprocessor. Not timed: other types, pool_reduce in
+# channels_last at 64 hidden channels, and the spatial branch of few positions or under 16 channels.
 
 
 def _gate(itemsize: int, hidden: int, channels_last: bool, precision: str) -> Tile:
