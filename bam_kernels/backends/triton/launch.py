@@ -124,20 +124,23 @@ def registers(most: int, num_warps: int) -> dict[str, int]:
     Left to itself, NVIDIA's assembler keeps to fewer than it needs so that more blocks fit on a
     multiprocessor, and spills a value or two for it. Other compilers have no such option.
     """
-    if env.triton_interpret() or _backend(driver.active) != "cuda":
+    if env.triton_interpret() or _target(driver.active)[0] != "cuda":
         return {}
     return {"maxnreg": min(most, 65536 // (32 * num_warps))}
 
 
 def compute_capability() -> int:
     """Of the NVIDIA GPU that is compiled for, 90 for 9.0; 0 elsewhere."""
-    return 0 if env.triton_interpret() else _capability(driver.active)
+    if env.triton_interpret():
+        return 0
+    backend, arch = _target(driver.active)
+    return int(arch) if backend == "cuda" else 0
 
 
 def stages(count: int) -> int:
     """`count` pipeline stages of a loop around a dot; on AMD's GPUs one, as Triton 3.6 cannot
     compile more where a dot takes no matrix units."""
-    if env.triton_interpret() or _backend(driver.active) != "hip":
+    if env.triton_interpret() or _target(driver.active)[0] != "hip":
         return count
     return 1
 
@@ -145,20 +148,16 @@ def stages(count: int) -> int:
 def warps(count: int) -> int:
     """`count` warps of 32 threads as the GPU's own: on AMD's a warp is 64 threads, and a block of
     more than 512 threads has so few registers a thread that kernels which hold much spill."""
-    if env.triton_interpret() or _backend(driver.active) != "hip":
+    if env.triton_interpret() or _target(driver.active)[0] != "hip":
         return count
     return max(1, count // 2)
 
 
 @functools.lru_cache(maxsize=8)
-def _backend(active: object) -> str:
-    return active.get_current_target().backend
-
-
-@functools.lru_cache(maxsize=8)
-def _capability(active: object) -> int:
+def _target(active: object) -> tuple[str, int | str]:
+    """("cuda", 90) or ("hip", "gfx942"), say."""
     target = active.get_current_target()
-    return int(target.arch) if target.backend == "cuda" else 0
+    return target.backend, target.arch
 
 
 def device_guard(x: Tensor) -> AbstractContextManager:
